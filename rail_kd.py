@@ -1,0 +1,1418 @@
+"""RAIL-KD in one file: random intermediate layer mapping for knowledge distillation.
+
+A small Transformer (the *student*) learns to imitate a large one (the *teacher*). It learns from three things at once:
+
+    L  =  l1 * CE    the labels,
+       +  l2 * KD    the teacher's output distribution, softened by a temperature,
+       +  l3 * RAIL  the teacher's intermediate layers.
+
+The third term needs to know which teacher layer teaches which student layer. RAIL-KD's answer is to *draw* the teacher
+layers at random, anew in every epoch, and to sort them, so that deeper student layers learn from deeper teacher layers:
+
+    teacher layer   1  2  3  4  5  6  7  8  9  10  11  12          this epoch's draw, written 1←2 2←7 3←9:
+                       |              |     |          |
+                       |  mean over the real tokens    |           both sides are pooled to one vector a sentence,
+                       |  projection, unit length      |           projected to a shared width, scaled to length 1,
+                       v              v     v          v           and compared by their squared distance
+    student layer      1              2     3          4           (the last layers meet through the logits, in KD)
+
+The teacher is frozen, so it will say the same about a sentence in every epoch. It is asked once, before the training, and
+what it says (a row of logits and pooled layers for each example) is kept in a table on disk. The loop has no teacher in it.
+
+Source: Haidar, Anchuri, Rezagholizadeh, Ghaddar, Langlais, Poupart, "RAIL-KD: RAndom Intermediate Layer Mapping for
+Knowledge Distillation", Findings of NAACL 2022, arXiv 2109.10164. Where the sources leave a choice open, the comment says
+"this reference's choice".
+
+    python rail_kd.py --task toy                           # two minutes on a laptop, offline
+    python rail_kd.py --task sst2 --student-layers 4       # BERT-base, 12 layers -> 4, on a GPU
+
+The order of the file is the order of the method: settings, data, the two models, the random map, the losses, asking the
+teacher, the loop, the score, the whole job, the command line. Letters in shapes: B sentences in a batch, L tokens in a
+sentence, n teacher layers of width d_t, m student layers of width d_s, k pairs of layers, u the projection's width,
+C classes (1 for a regression), N training examples.
+"""
+import argparse
+import contextlib
+import copy
+import dataclasses
+import functools
+import hashlib
+import inspect
+import io
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import datasets
+import numpy as np
+import tokenizers
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+# GLUE's tasks: the columns that hold the text, and the metrics that the benchmark reports.
+GLUE = {
+    "cola": (["sentence"], ["matthews_correlation"]),
+    "sst2": (["sentence"], ["accuracy"]),
+    "mrpc": (["sentence1", "sentence2"], ["accuracy", "f1"]),
+    "stsb": (["sentence1", "sentence2"], ["pearson", "spearmanr"]),
+    "qqp": (["question1", "question2"], ["accuracy", "f1"]),
+    "mnli": (["premise", "hypothesis"], ["accuracy"]),
+    "qnli": (["question", "sentence"], ["accuracy"]),
+    "rte": (["sentence1", "sentence2"], ["accuracy"]),
+    "wnli": (["sentence1", "sentence2"], ["accuracy"]),
+}
+
+# Defaults that depend on the task: (real text with a pretrained teacher, the toy with a teacher trained from scratch).
+DEFAULTS = {
+    "teacher": ("bert-base-uncased", None),
+    "temperature": (2.0, 2.0),
+    "epochs": (10, 8),
+    "teacher_epochs": (3, 3),
+    "learning_rate": (5e-5, 5e-4),
+    "warmup_ratio": (0.0, 0.1),
+    "max_train_examples": (None, 1000),
+}
+
+
+def option(default, text, choices=None, **more):
+    """A field of `Settings`: its default, the sentence that `--help` shows, and the values it may have."""
+    more |= {"help": text} | ({"choices": choices} if choices else {})
+    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(metadata=more, **factory)
+
+
+@dataclasses.dataclass
+class Settings:
+    """Everything a run depends on. `transformers.HfArgumentParser` makes a command-line flag of each field."""
+
+    task: str | None = option(None, "What to learn: 'toy' (the default, made on the spot) or a GLUE task from the hub.",
+                              ["toy", *GLUE])
+    train_file: str | None = option(None, "Own training data instead of a task: CSV or JSON lines with the columns "
+                                    "sentence (or sentence1), optionally sentence2, and label.")
+    validation_file: str | None = option(None, "Own validation data, with the same columns.")
+    eval_file: list[str] = option([], "Further files on which the finished student and the teacher are scored, for "
+                                  "example text of another domain.", action="extend")
+    teacher: str | None = option(None, "Hub name or folder of the teacher; one without a trained classifier is "
+                                 "fine-tuned first. Default: bert-base-uncased; for the toy, 12 layers made on the spot.")
+    student_layers: int | None = option(None, "Cut a student with this many layers from the teacher. Default: a third of "
+                                        "the teacher's.")
+    student: str | None = option(None, "Hub name or folder of a student of any width, architecture and tokenizer, "
+                                 "instead of one cut from the teacher.")
+    variant: str = option("layerwise", "RAIL-KD^l compares the layers pair by pair, RAIL-KD^c concatenates them first.",
+                          ["layerwise", "concat"])
+    mapping: str = option("random", "Which teacher layers teach: a sorted random draw (RAIL-KD), evenly spaced ones, the "
+                          "last ones, all of them weighted by attention, none (CE and KD only), or no teacher at all.",
+                          ["random", "skip", "last", "attention", "none", "finetune"])
+    resample: str = option("epoch", "Draw a new random map for every epoch or for every step.", ["epoch", "step"])
+    include_last: bool = option(False, "Let the last layers of both sides take part in the map.")
+    weights: list[float] = option([1 / 3] * 3, "The weights of CE, KD and RAIL; they must sum to 1.")
+    temperature: float | None = option(None, "Softens both output distributions in KD. Default: 2.")
+    projection_size: int = option(128, "Shared width u to which the pooled layers of both sides are projected.")
+    epochs: int | None = option(None, "Epochs of distillation. Default: 10; the toy 8.")
+    teacher_epochs: int | None = option(None, "Epochs of fine-tuning for a teacher without a classifier. Default: 3.")
+    batch_size: int = option(32, "Examples in a step, over all processes together.")
+    learning_rate: float | None = option(None, "Peak learning rate of AdamW. Default: 5e-5; the toy 5e-4.")
+    warmup_ratio: float | None = option(None, "Share of the steps in which the learning rate rises; it falls linearly "
+                                        "after that. Default: 0; the toy 0.1.")
+    weight_decay: float = option(0.0, "Weight decay of AdamW.")
+    max_length: int = option(128, "Longer inputs are cut to this many tokens.")
+    max_train_examples: int | None = option(None, "Use the first so many training examples only. Default: all; the toy "
+                                            "makes 1000, and its teacher learns from 8 times as many.")
+    seed: int = option(0, "Everything random comes from this number.")
+    device: str = option("auto", "Where to compute; auto takes CUDA, then MPS, then the CPU.", ["auto", "cuda", "mps", "cpu"])
+    precision: str = option("auto", "Number format of the forward pass; auto is fp32, but on CUDA bf16, or fp16 where the "
+                            "chip has no bf16 of its own.", ["auto", "fp32", "bf16", "fp16"])
+    compile: bool = option(False, "Run the student through torch.compile.")
+    teacher_table: str = option("on", "Ask the teacher once before the training (on), or again in each step (off).",
+                                ["on", "off"])
+    output_dir: str | None = option(None, "Folder for the results; it must be new or empty. Default: a new one in runs/.")
+    resume: str | None = option(None, "Folder of an interrupted run to go on with, after its last finished epoch.")
+
+    def resolve(self):
+        """These settings with every default filled in and every value checked. Raises ValueError, one sentence."""
+        new = dataclasses.replace(self)
+        own_files = new.train_file or new.validation_file
+        if own_files and new.task:
+            raise ValueError(f"--task {new.task} and own files exclude each other: give one of them")
+        if own_files and not (new.train_file and new.validation_file):
+            raise ValueError("--train-file and --validation-file belong together: give both")
+        if not own_files:
+            new.task = new.task or "toy"
+        for name, values in DEFAULTS.items():
+            if getattr(new, name) is None:
+                setattr(new, name, values[new.task == "toy"])
+        for field in dataclasses.fields(new):
+            value, choices = getattr(new, field.name), field.metadata.get("choices")
+            if choices and value is not None and value not in choices:
+                raise ValueError(f"--{field.name.replace('_', '-')} {value}: choose from {', '.join(choices)}")
+        # One rule a line: the lowest value and whether it may be reached. NaN fails every comparison, so it is refused.
+        for name, low, reached in [("projection_size", 1, True), ("epochs", 1, True), ("teacher_epochs", 1, True),
+                                   ("batch_size", 1, True), ("max_length", 4, True), ("max_train_examples", 1, True),
+                                   ("student_layers", 1, True), ("seed", 0, True), ("weight_decay", 0, True),
+                                   ("warmup_ratio", 0, True), ("learning_rate", 0, False), ("temperature", 0, False)]:
+            value = getattr(new, name)
+            if value is not None and not ((value >= low if reached else value > low) and value < math.inf):
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be {'at least' if reached else 'above'} {low}")
+        if new.warmup_ratio >= 1:
+            raise ValueError(f"--warmup-ratio {new.warmup_ratio}: must be below 1")
+        if new.student and new.student_layers:
+            raise ValueError("--student and --student-layers exclude each other: a named student has its own layers")
+        if new.mapping == "attention" and new.variant == "concat":
+            raise ValueError("--mapping attention works with --variant layerwise only: a concatenation has no pairs to weigh")
+        objective_weights(new.mapping, new.weights)
+        new.device, new.precision = resolve_device(new.device, new.precision)
+        # Last, because it is the only check that looks at the disk. A resumed run writes where it wrote before.
+        if not new.resume:
+            if new.output_dir is None:
+                what = [new.task or Path(new.train_file).stem, new.mapping, *([new.variant] if new.mapping == "random" else []),
+                        f"seed{new.seed}", time.strftime("%Y%m%d-%H%M%S")]
+                new.output_dir = str(Path("runs") / "-".join(what))
+            folder = Path(new.output_dir)
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise ValueError(f"--output-dir {folder} is in use: nothing is ever overwritten, so name a new folder")
+            home = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+            if not home.is_dir() or not os.access(home, os.W_OK):
+                raise ValueError(f"--output-dir {folder}: {home} is not a folder that can be written to")
+        return new
+
+
+def objective_weights(mapping, weights):
+    """The weights of (CE, KD, RAIL) that a mapping leaves: `none` has no RAIL and `finetune` no teacher at all.
+
+    Raises ValueError unless there are three weights >= 0 that sum to 1, with something left to learn from.
+    """
+    combined_loss(0.0, 0.0, 0.0, weights)  # one rule for what three weights must be, and it stands there
+    if mapping == "finetune":
+        return [1.0, 0.0, 0.0]
+    if mapping == "none":
+        if weights[0] + weights[1] == 0:
+            raise ValueError("--mapping none leaves nothing to learn from: the weights of CE and KD are both 0")
+        return [weights[0] / (weights[0] + weights[1]), weights[1] / (weights[0] + weights[1]), 0.0]
+    return list(weights)
+
+
+def resolve_device(device, precision):
+    """("auto", "auto") -> for example ("cuda", "bf16"). Raises ValueError where the machine has no such thing."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name, found in here.items() if found)
+    if not here[device]:
+        raise ValueError(f"--device {device}: this machine has none that torch can use; try --device auto")
+    if precision == "auto":
+        # A T4 computes in bf16 too when asked, by emulation and slowly. Only the chip's generation tells (8 = Ampere).
+        precision = "fp32" if device != "cuda" else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    if (precision == "fp16" and device != "cuda") or (precision == "bf16" and device == "mps"):
+        raise ValueError(f"--precision {precision} is not offered on {device}; use fp32" + ", or bf16" * (device == "cpu"))
+    return device, precision
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Data
+# ---------------------------------------------------------------------------------------------------------------------
+# Every source ends as a `datasets.Dataset` with the columns sentence1, sometimes sentence2, and label. The label column
+# knows its own type: ClassLabel with the names of the classes, or a float for a regression. Nothing else is carried around.
+
+TOPICS = "acting plot music ending dialogue cast pacing script humour story".split()
+ADJECTIVES = ["dull clumsy stale silly cold weak tedious messy".split(),         # label 0, negative
+              "clever moving fresh funny warm sharp gripping charming".split()]  # label 1, positive
+DEGREES = ["", "", "very", "quite", "rather"]
+NEGATIONS = ["not", "never", "hardly"]
+FORMS = ["the {main}, although the {side}.", "although the {side}, the {main}.", "the {side}, but the {main}."]
+
+
+def toy_sentences(seed, sizes):
+    """Short reviews in which the words alone do not decide the label. Returns one Dataset for each number in `sizes`.
+
+    Each sentence has two clauses, each with an adjective, often a degree and often a negation: "Although the plot is very
+    clever, the acting is hardly moving." The main clause decides (here: negative). Which one that is depends on the word
+    order, and what it says on its negation, so counting words says little: a reader has to combine. All sentences differ.
+    """
+    rng = np.random.default_rng([seed, 0x7071])
+    found = {}  # sentence -> label; a dict keeps the order and drops repeats
+    while len(found) < sum(sizes):
+        clauses, labels = {}, {}
+        for part, topic in zip(("main", "side"), rng.choice(TOPICS, 2, replace=False)):
+            polarity, negated = rng.integers(2), rng.integers(2)
+            words = [topic, "is", rng.choice(NEGATIONS) if negated else rng.choice(DEGREES), rng.choice(ADJECTIVES[polarity])]
+            clauses[part], labels[part] = " ".join(filter(None, words)), int(polarity ^ negated)
+        found.setdefault(rng.choice(FORMS).format(**clauses).capitalize(), labels["main"])
+    features = datasets.Features(sentence1=datasets.Value("string"), label=datasets.ClassLabel(names=["negative", "positive"]))
+    rows, parts = iter(found.items()), []
+    for size in sizes:
+        texts, labels = zip(*(next(rows) for _ in range(size)))
+        parts.append(datasets.Dataset.from_dict({"sentence1": texts, "label": labels}, features=features))
+    return parts
+
+
+def read_file(path):
+    """A CSV or JSON-lines file -> Dataset with the columns sentence1, perhaps sentence2, and label as the file has it.
+
+    Raises ValueError, in one sentence, for a file that is missing, empty, unreadable or without the right columns.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: there is no such file")
+    # keep_default_na=False: else a review that reads "NA" or "None" would become a missing value. chunksize=None: else the
+    # type of a column is guessed from its first 10,000 rows.
+    csv = Path(path).suffix.lower() == ".csv"
+    kind, more = ("csv", {"keep_default_na": False, "chunksize": None}) if csv else ("json", {})
+    try:
+        data = datasets.load_dataset(kind, data_files=str(path), split="train", **more)
+    except Exception as error:  # the reader's own complaint is the cause; around it the library says only that it failed
+        raise ValueError(f"{path}: not a readable {'CSV' if csv else 'JSON lines'} file in UTF-8 with at least one row "
+                         f"({first_line(error.__cause__ or error)})") from error
+    if "sentence" in data.column_names and "sentence1" not in data.column_names:
+        data = data.rename_column("sentence", "sentence1")
+    texts = [name for name in ("sentence1", "sentence2") if name in data.column_names]
+    if "sentence1" not in texts or "label" not in data.column_names:
+        raise ValueError(f"{path}: needs the columns sentence (or sentence1) and label, but has {', '.join(data.column_names)}")
+    data = data.select_columns([*texts, "label"])
+    for row, label in enumerate(data["label"], 1):
+        if label is None or label == "" or label != label:  # NaN is the one value that differs from itself
+            raise ValueError(f"{path}: example {row} has no label")
+    for name in texts:
+        data = data.cast_column(name, datasets.Value("string"))
+        if None in data[name]:
+            raise ValueError(f"{path}: example {list(data[name]).index(None) + 1} has no {name}")
+    return data
+
+
+def set_labels(data, feature, source):
+    """`data` with its label column turned into `feature` (a ClassLabel, or a float Value for a regression).
+
+    Classes are found by their name; by their number too, where the names are not numbers themselves. Raises ValueError.
+    """
+    labels = list(data["label"])
+    if isinstance(feature, datasets.ClassLabel):
+        names = [str(name) for name in feature.names]
+        known = {} if names[0].isdigit() else {str(number): number for number in range(len(names))}
+        known |= {name: number for number, name in enumerate(names)}
+        unknown = [label for label in labels if str(label) not in known]
+        if unknown:
+            raise ValueError(f"{source}: the label {unknown[0]!r} is unknown; the training data has {', '.join(names)}")
+        labels = [known[str(label)] for label in labels]
+    elif any(isinstance(label, str) for label in labels):
+        raise ValueError(f"{source}: the labels must be numbers, as in the training data")
+    return data.remove_columns("label").add_column("label", labels).cast_column("label", feature)
+
+
+def load_task(settings, for_teacher=False):
+    """(training Dataset, {name: validation Dataset}): columns sentence1, perhaps sentence2, label; text not yet encoded.
+
+    MNLI has two validation sets, "matched" and "mismatched"; elsewhere the one name is "". GLUE's test split is never
+    touched: its labels are all -1. The toy tells a story with two training sets: the teacher learned from many sentences with
+    the right labels (`for_teacher`); the student has other ones, an eighth as many, and one label in five is wrong.
+    Raises ValueError for data that cannot be had or makes no sense.
+    """
+    limit = settings.max_train_examples
+    if settings.task == "toy":
+        size = limit or DEFAULTS["max_train_examples"][1]
+        validation, train, teacher_train = toy_sentences(settings.seed, [1000, size, 8 * size])
+        if for_teacher:
+            return teacher_train, {"": validation}
+        wrong = np.random.default_rng([settings.seed, 0xBAD]).permutation(size) < size // 5
+        labels = (np.array(train["label"]) ^ wrong).tolist()
+        feature = train.features["label"]
+        return train.remove_columns("label").add_column("label", labels).cast_column("label", feature), {"": validation}
+    if settings.task:
+        try:
+            splits = datasets.load_dataset("nyu-mll/glue", settings.task)
+        except Exception as error:
+            raise ValueError(f"the task {settings.task} could not be loaded from the hub, nyu-mll/glue ({first_line(error)}); "
+                             "--task toy and own files (--train-file, --validation-file) work without it") from error
+        names = dict(zip(GLUE[settings.task][0], ("sentence1", "sentence2")))
+        splits = {split: data.select_columns([*names, "label"]).rename_columns({k: v for k, v in names.items() if k != v})
+                  for split, data in splits.items() if not split.startswith("test")}
+        train = splits.pop("train")
+        validation = {split.removeprefix("validation").removeprefix("_"): data for split, data in splits.items()}
+    else:
+        train, source = read_file(settings.train_file), settings.train_file
+        values = set(train["label"])
+        if any(isinstance(value, float) for value in values):
+            feature = datasets.Value("float32")
+        elif len(values) == 1:
+            raise ValueError(f"{source}: every example has the label {values.pop()!r}, so there is nothing to tell apart")
+        else:  # numbers in the order of numbers, names in that of the alphabet
+            feature = datasets.ClassLabel(names=[str(value) for value in sorted(values)])
+        train = set_labels(train, feature, source)
+        validation = {"": set_labels(read_file(settings.validation_file), feature, settings.validation_file)}
+    return (train.select(range(min(limit, len(train)))) if limit else train), validation
+
+
+def encode(data, tokenizer, model, max_length):
+    """Dataset of text -> Dataset of token numbers (input_ids, attention_mask, ...) and label, not yet padded.
+
+    A pair is encoded as a pair, so that the tokenizer puts its separator between the two. Columns that the model's forward
+    does not know (a DistilBERT has no token_type_ids) are left out.
+    """
+    length = min(max_length, tokenizer.model_max_length)
+    texts = [name for name in ("sentence1", "sentence2") if name in data.column_names]
+    data = data.map(lambda rows: dict(tokenizer(*[rows[name] for name in texts], truncation=True, max_length=length)),
+                    batched=True, remove_columns=texts)
+    known = inspect.signature(model.forward).parameters
+    return data.select_columns([name for name in data.column_names if name in known or name == "label"])
+
+
+def length_batches(data, batch_size, generator=None):
+    """Row numbers in batches of similar length: each row in exactly one batch, only the last batch may be smaller.
+
+    Attention costs what the longest sentence of a batch costs; padding every batch to --max-length would waste four fifths
+    of the work on sentences of 25 tokens. Without a generator, all rows by length: for passes in which the order is free.
+    With one, the library's mix of randomness and length, and the batches shuffled, since it hands them out longest first.
+    """
+    lengths = [len(row) for row in data["input_ids"]]
+    if generator is None:
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    order = get_length_grouped_indices(lengths, batch_size, generator=generator)
+    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def _collate(data, pad, rows):  # a plain function, since a worker process may have to receive it by pickle
+    return dict(pad(data[rows]))
+
+
+def batches_on(device, data, tokenizer, row_batches):
+    """Yields (rows, batch): row numbers and the padded batch on the device, {input_ids (B, L), ..., labels (B,)}.
+
+    A batch is padded to its own longest sentence. On CUDA two workers pad the coming batches while the GPU computes, and
+    the copy from pinned memory does not make the CPU wait.
+    """
+    cuda = torch.device(device).type == "cuda"
+    loader = torch.utils.data.DataLoader(row_batches, batch_size=None, num_workers=2 * cuda, pin_memory=cuda,
+                                         collate_fn=functools.partial(_collate, data, DataCollatorWithPadding(tokenizer)))
+    for rows, batch in zip(row_batches, loader):
+        yield rows, {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Teacher and student
+# ---------------------------------------------------------------------------------------------------------------------
+
+def toy_teacher(seed, num_layers=12):
+    """(model, tokenizer): an untrained 12-layer BERT of width 64 and a tokenizer of whole words for the toy's language.
+
+    No dropout: deep post-norm Transformers that learn from scratch on little data easily stay at chance with it.
+    """
+    words = sorted(set(" ".join(TOPICS + ADJECTIVES[0] + ADJECTIVES[1] + DEGREES + NEGATIONS + ["the is but although"]).split()))
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", "."] + words)}
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    raw.normalizer = tokenizers.normalizers.Lowercase()
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    raw.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, model_max_length=64, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]")
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=num_layers, num_attention_heads=4, intermediate_size=128,
+        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return transformers.BertForSequenceClassification(config), tokenizer
+
+
+def load_classifier(name, feature, role):
+    """(model, tokenizer, trained) from a hub name or a folder; `trained` tells whether it came with a trained classifier.
+
+    `feature` is the type of the data's label column, `role` ("teacher" or "student") the word for messages. Raises
+    ValueError where nothing can be loaded, and for a trained teacher with another number of classes than the data has.
+    """
+    try:  # code from the hub is never run (no trust_remote_code), and weights are safetensors or read with weights_only
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=getattr(feature, "num_classes", 1), ignore_mismatched_sizes=True, output_loading_info=True)
+    except Exception as error:
+        raise ValueError(f"no {role} could be loaded from {name!r} ({first_line(error)}); give a folder that holds a model and "
+                         "its tokenizer, or a hub name while the hub is in reach") from error
+    if info["mismatched_keys"] and role == "teacher":
+        raise ValueError(f"the teacher {name!r} was trained for another number of classes than the data has "
+                         f"({getattr(feature, 'num_classes', 'a regression, 1')})")
+    use_labels_of(model, feature)
+    # .float(): a checkpoint may be stored in half precision, but these are the weights that the optimizer updates.
+    return model.float(), tokenizer, not info["missing_keys"] and not info["mismatched_keys"]
+
+
+def use_labels_of(model, feature):
+    """Gives a model (in place) the data's label names, and its logits the data's order.
+
+    MNLI checkpoints on the hub number the classes differently from GLUE, each in its own way. Distilling from such a teacher
+    teaches the student the wrong classes, without any error. Where the model's own names are the data's in another order,
+    the rows of its last linear layer are put in the data's order. Names like LABEL_0 tell nothing and are replaced; if such
+    a teacher has another order, it will score below chance, and the run says that aloud.
+    """
+    if not isinstance(feature, datasets.ClassLabel):
+        model.config.problem_type = "regression"
+        return
+    own = [str(model.config.id2label[i]).lower() for i in range(model.config.num_labels)]
+    wanted = [name.lower() for name in feature.names]
+    if own != wanted and sorted(own) == sorted(wanted):
+        order = [own.index(name) for name in wanted]
+        head = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer.out_features == len(own)][-1]
+        for parameter in head.parameters():  # weight (C, d) and bias (C,)
+            parameter.data = parameter.data[order]
+    model.config.id2label = dict(enumerate(feature.names))
+    model.config.label2id = {label: i for i, label in enumerate(feature.names)}
+
+
+def evenly_spaced(num_teacher_layers, num_student_layers):
+    """Teacher layer round(i * n / m) for each student layer i = 1..m: for 12 -> 4 the layers 3, 6, 9, 12."""
+    return np.array([round(i * num_teacher_layers / num_student_layers) for i in range(1, num_student_layers + 1)])
+
+
+def build_student(teacher, num_layers):
+    """A student cut from its teacher: same configuration with `num_layers` layers, weights copied, nothing shared.
+
+    Embeddings and classifier are copied as they are, student layer i from the evenly spaced teacher layer round(i * n / m):
+    the layer that also teaches it on average. That choice is this reference's. Raises ValueError for more layers than the
+    teacher has, and for architectures whose layers can't be told apart (ALBERT's are all the same one).
+    """
+    n = teacher.config.num_hidden_layers
+    if not 1 <= num_layers <= n:
+        raise ValueError(f"a student of {num_layers} layers can't be cut from a teacher of {n}: choose 1 to {n}")
+    stacks = [name for name, part in teacher.named_modules() if isinstance(part, nn.ModuleList) and len(part) == n]
+    if not stacks:
+        raise ValueError(f"can't tell the layers of a {type(teacher).__name__} apart; name a --student instead")
+    kept = evenly_spaced(n, num_layers) - 1  # layers count from 1 in the paper and here, positions in a ModuleList from 0
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):  # where layers differ by design, each keeps its design
+        config.layer_types = [config.layer_types[i] for i in kept]
+    student = type(teacher)(config)
+    stack, weights = stacks[0] + ".", teacher.state_dict()
+    copied = {key: value for key, value in weights.items() if not key.startswith(stack)}
+    for new, old in enumerate(kept):
+        copied |= {f"{stack}{new}.{key.removeprefix(f'{stack}{old}.')}": value
+                   for key, value in weights.items() if key.startswith(f"{stack}{old}.")}
+    try:
+        student.load_state_dict(copied)  # strict: a name left over or missing is an error
+    except RuntimeError as error:
+        raise ValueError(f"the layers of a {type(teacher).__name__} differ too much to cut a student from it; name a --student "
+                         "instead") from error
+    return student
+
+
+def freeze(teacher):
+    """The teacher in eval mode and without gradients. Left in train mode, its dropout would make every target noisy."""
+    return teacher.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The random map
+# ---------------------------------------------------------------------------------------------------------------------
+
+def sample_layer_map(num_teacher_layers, num_student_layers, rng, include_last=False):
+    """RAIL-KD's draw: the teacher layers that teach student layers 1, 2, ..., k in this epoch.
+
+    k distinct layers are drawn uniformly from the candidates, without replacement, and sorted ascending, so that deeper
+    student layers learn from deeper teacher layers. The candidates are the intermediate layers 1..n-1 of the teacher, for the
+    student's 1..m-1: the last layers already meet through the logits. Layers count from 1, as in the paper and in
+    `hidden_states`, where position 0 holds the embeddings.
+
+    Args:
+        num_teacher_layers: n.
+        num_student_layers: m.
+        rng: a np.random.Generator, the only source of randomness (a global one would let the order of the data change the map).
+        include_last: candidates 1..n and student layers 1..m instead.
+    Returns:
+        Ascending int array (k,), k = m-1, or m with `include_last`.
+    Raises:
+        ValueError: more student than teacher layers, or a student without a layer to teach (m = 1 has no intermediate one).
+    """
+    ### BEGIN SOLUTION
+    num_candidates = num_teacher_layers if include_last else num_teacher_layers - 1
+    num_pairs = num_student_layers if include_last else num_student_layers - 1
+    if num_pairs < 1:
+        raise ValueError(f"a student of {num_student_layers} layers has no intermediate layer to teach: it needs at least 2, "
+                         "or the last layers in the map (--include-last)")
+    if num_student_layers > num_teacher_layers:
+        raise ValueError(f"a student of {num_student_layers} layers can't learn from a teacher of {num_teacher_layers}: it must "
+                         "not have more layers than the teacher")
+    return np.sort(rng.choice(num_candidates, size=num_pairs, replace=False) + 1)
+    ### END SOLUTION
+
+
+def choose_layers(settings, num_teacher_layers, num_student_layers, epoch, step=0):
+    """The teacher layers for one step, as `--mapping` says: int array (k,), or all candidates (n-1,) for attention, or None.
+
+    Only the map changes between the methods. With `skip` and `last` these are the maps of PKD (Sun et al. 2019), not its
+    full recipe. The random map depends on (seed, epoch) alone (on the step too with `--resample step`), so a run that is
+    resumed, or shares a machine, or sees other data, draws the same layers.
+    """
+    n, m, last = num_teacher_layers, num_student_layers, settings.include_last
+    if settings.mapping in ("none", "finetune"):
+        return None
+    rng = np.random.default_rng([settings.seed, epoch] + [step] * (settings.resample == "step"))
+    drawn = sample_layer_map(n, m, rng, last)
+    candidates = np.arange(1, n + 1 if last else n)
+    return {"random": drawn, "skip": evenly_spaced(n, m)[:len(drawn)], "last": candidates[-len(drawn):],
+            "attention": candidates}[settings.mapping]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+def mean_pool(hidden_states, attention_mask):
+    """One vector a sentence: the mean of a layer's output over the real tokens.
+
+    Padding must stay out. It would pull short sentences towards whatever the model computes at padded positions, and the
+    loss of a sentence would depend on how long its neighbours in the batch are. (Both public re-implementations do that.)
+
+    Args:
+        hidden_states: (B, L, d), any float type.
+        attention_mask: (B, L), 1 for a real token and 0 for padding.
+    Returns:
+        (B, d) in float32; zeros for a row without any real token.
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    ### BEGIN SOLUTION
+    if hidden_states.dim() != 3 or hidden_states.shape[:2] != attention_mask.shape:
+        raise ValueError(f"hidden states {tuple(hidden_states.shape)} and mask {tuple(attention_mask.shape)} do not belong "
+                         "together: they must be (B, L, d) and (B, L)")
+    mask = attention_mask.bool().unsqueeze(-1)                         # (B, L, 1)
+    total = hidden_states.float().masked_fill(~mask, 0.0).sum(dim=1)   # (B, d)
+    return total / mask.sum(dim=1).clamp(min=1)                        # (B, d) / (B, 1)
+    ### END SOLUTION
+
+
+def pool_layers(hidden_states, attention_mask, layers):
+    """The pooled outputs of some layers: n+1 tensors (B, L, d) and a mask (B, L) -> (B, k, d).
+
+    hidden_states[0] is the output of the embeddings and hidden_states[j] that of layer j: no "- 1" here.
+    """
+    return torch.stack([mean_pool(hidden_states[j], attention_mask) for j in layers], dim=1)
+
+
+class RailLoss(nn.Module):
+    """The intermediate-layer loss: project, normalise, compare. Layer-wise (RAIL-KD^l) or concatenated (RAIL-KD^c).
+
+    Layer-wise, one linear map per side serves every pair of layers. Concatenated, the k pooled vectors of a side become one
+    of width k * d first. The variant "attention" is layer-wise with all teacher candidates for every student layer, weighted
+    as in ALP-KD (Passban et al. 2021). Both maps are trained with the student and thrown away afterwards.
+
+    Args:
+        teacher_dim, student_dim: d_t and d_s.
+        num_pairs: k, the number of student layers that are taught.
+        variant: "layerwise", "concat" or "attention".
+        projection_size: u.
+    Raises:
+        ValueError: an unknown variant, or a size below 1.
+    """
+
+    def __init__(self, teacher_dim, student_dim, num_pairs, variant="layerwise", projection_size=128):
+        super().__init__()
+        if variant not in ("layerwise", "concat", "attention"):
+            raise ValueError(f"unknown variant {variant!r}: choose layerwise, concat or attention")
+        if min(teacher_dim, student_dim, num_pairs, projection_size) < 1:
+            raise ValueError("widths, the number of pairs and the projection size must be at least 1")
+        self.num_pairs, self.variant = num_pairs, variant
+        joined = num_pairs if variant == "concat" else 1
+        # Attributes, not items of a Python list: a module in a plain list is never moved to the GPU, trained or saved.
+        self.teacher_proj = nn.Linear(joined * teacher_dim, projection_size)
+        self.student_proj = nn.Linear(joined * student_dim, projection_size)
+
+    def forward(self, student_pooled, teacher_pooled):
+        """Mean over the batch of the squared distances between unit vectors, averaged over the pairs: a number in [0, 4].
+
+        Both sides are projected by their linear map and divided by their L2 norm. Layer-wise, pair i compares row i of both
+        sides, and the k squared distances are averaged (a_i = 1/k). Concatenated, the k vectors of a side are laid end to end
+        before they are projected, and there is one distance. With attention, the projected teacher vector of pair i is the
+        sum of all projected candidates, weighted by the softmax (over the candidates) of their dot products with the
+        projected student vector i, before it is normalised.
+
+        Args:
+            student_pooled: (B, k, d_s), pooled layer outputs of the student.
+            teacher_pooled: (B, k, d_t), those of the mapped teacher layers; (B, n-1, d_t), all candidates, with attention.
+        Returns:
+            Scalar.
+        Raises:
+            ValueError: another number of pairs than k on a side (on the student's side only, with attention), or batches of
+                different size.
+        """
+        ### BEGIN SOLUTION
+        pairs = (student_pooled.shape[1], self.num_pairs if self.variant == "attention" else teacher_pooled.shape[1])
+        if pairs != (self.num_pairs, self.num_pairs) or len(student_pooled) != len(teacher_pooled):
+            raise ValueError(f"student {tuple(student_pooled.shape)} and teacher {tuple(teacher_pooled.shape)} do not make "
+                             f"{self.num_pairs} pairs for each sentence")
+        if self.variant == "concat":
+            student_pooled, teacher_pooled = student_pooled.flatten(1), teacher_pooled.flatten(1)  # (B, k * d)
+        s, t = self.student_proj(student_pooled), self.teacher_proj(teacher_pooled)                # (B, k, u), concat (B, u)
+        if self.variant == "attention":
+            t = torch.softmax(s @ t.transpose(1, 2), dim=-1) @ t                                   # (B, k, n-1) @ (B, n-1, u)
+        s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)                                      # all of length 1
+        return (s - t).pow(2).sum(dim=-1).mean()                                                   # over sentences and pairs
+        ### END SOLUTION
+
+
+def kd_loss(student_logits, teacher_logits, temperature):
+    """Distillation through the outputs: T^2 * KL(softmax(z_t / T) || softmax(z_s / T)), mean over the batch (Hinton 2015).
+
+    A higher temperature shows more of what the teacher thinks of the wrong classes. The gradient of the softened KL shrinks as
+    1/T^2; the factor T^2 keeps the weight of the term the same for every T. (B, 1) is a regression: the mean squared error.
+
+    Args:
+        student_logits, teacher_logits: (B, C).
+        temperature: T > 0; without meaning for a regression.
+    Returns:
+        Scalar.
+    Raises:
+        ValueError: shapes that differ, or a temperature that is not a positive number.
+    """
+    ### BEGIN SOLUTION
+    if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
+        raise ValueError(f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} must "
+                         "have the same shape (B, C)")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature {temperature}: must be a positive number")
+    if student_logits.shape[1] == 1:
+        return F.mse_loss(student_logits, teacher_logits)
+    # F.kl_div(a, b) is KL(b || a): the student comes first, both as *log*-probabilities. "batchmean" divides by B; the
+    # default "mean" divides by B * C, and the weight of the term would depend on the number of classes.
+    student_log_probs = F.log_softmax(student_logits / temperature, dim=-1)
+    teacher_log_probs = F.log_softmax(teacher_logits / temperature, dim=-1)
+    return temperature ** 2 * F.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True)
+    ### END SOLUTION
+
+
+def combined_loss(ce, kd, rail, weights):
+    """The objective L = l1 * CE + l2 * KD + l3 * RAIL, equation (4) of the paper.
+
+    Args:
+        ce, kd, rail: scalars.
+        weights: (l1, l2, l3), each >= 0, together 1.
+    Returns:
+        Scalar.
+    Raises:
+        ValueError: not three weights, a negative one, NaN, or a sum other than 1 (by more than 1e-6).
+    """
+    ### BEGIN SOLUTION
+    if len(weights) != 3 or not all(weight >= 0 for weight in weights) or abs(sum(weights) - 1) > 1e-6:
+        raise ValueError(f"weights {' '.join(map(str, weights))}: must be three numbers >= 0, for CE, KD and RAIL, that sum to 1")
+    return weights[0] * ce + weights[1] * kd + weights[2] * rail
+    ### END SOLUTION
+
+
+def label_loss(logits, labels):
+    """CE: cross-entropy of (B, C) against class numbers (B,); for (B, 1), a regression, the mean squared error."""
+    return F.mse_loss(logits.squeeze(1), labels) if logits.shape[1] == 1 else F.cross_entropy(logits, labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Asking the teacher
+# ---------------------------------------------------------------------------------------------------------------------
+# All that RAIL-KD ever wants of the teacher is its logits and its pooled layer outputs, and a frozen teacher answers the same
+# in every epoch. So it is asked once; its answers are two arrays on disk, and a step reads the few numbers that it needs. Only
+# sentence vectors are compared, so the teacher may have another tokenizer than the student.
+
+def autocast(device, precision):
+    """The context for a forward pass in bf16 or fp16; it changes nothing in fp32."""
+    return torch.autocast(torch.device(device).type, dtype=torch.float16 if precision == "fp16" else torch.bfloat16,
+                          enabled=precision != "fp32")
+
+
+def inputs_of(batch):
+    """What the model's forward gets of a batch: all but the labels."""
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
+@torch.no_grad()  # not inference_mode: the projection's backward pass must be able to keep these tensors
+def teacher_answers(teacher, batch, layers, precision="fp32"):
+    """Logits (B, C) and the pooled outputs (B, k, d_t) of `layers`, counted from 1; None for the latter if layers is None."""
+    with autocast(teacher.device, precision):
+        output = teacher(**inputs_of(batch), output_hidden_states=layers is not None)
+    return output.logits.float(), (None if layers is None else
+                                   pool_layers(output.hidden_states, batch["attention_mask"], layers))
+
+
+def live_teacher(teacher, data, tokenizer, precision):
+    """ask(rows, layers) -> (logits (B, C), pooled (B, k, d_t)), computed by the teacher each time, as the paper does."""
+    def ask(rows, layers):
+        (_, batch), = batches_on(teacher.device, data, tokenizer, [rows])
+        return teacher_answers(teacher, batch, layers, precision)
+    return ask
+
+
+def table_teacher(folder, device):
+    """ask(rows, layers) -> (logits (B, C), pooled (B, k, d_t)), looked up in a teacher table.
+
+    The files are mapped anew for each look-up, which takes a tenth of a millisecond. A map that stayed open would slowly
+    count the whole table as this process's memory.
+    """
+    def move(array):
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+        return tensor.to(device, non_blocking=True).float()
+
+    def ask(rows, layers):
+        rows = np.asarray(rows)
+        logits = move(np.load(folder / "logits.npy", mmap_mode="r")[rows])
+        if layers is None:
+            return logits, None
+        # Column 0 holds layer 1: the embeddings (hidden_states[0]) are no candidate and not in the table.
+        return logits, move(np.load(folder / "pooled.npy", mmap_mode="r")[rows[:, None], np.asarray(layers) - 1])
+    return ask
+
+
+def fingerprint(teacher, data, *more):
+    """16 hex digits that change with the teacher's weights and with what it is shown: its tokenizer, the data, their length.
+
+    The token numbers stand for those three. The labels do not count: the teacher does not see them.
+    """
+    digest = hashlib.sha256(repr((type(teacher).__name__, teacher.config.num_attention_heads, more)).encode())
+    for name, tensor in teacher.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().numpy().tobytes())
+    for rows in data.remove_columns("label").iter(batch_size=1000):
+        digest.update(json.dumps(rows, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def write_teacher_table(teacher, data, tokenizer, settings, home):
+    """Asks the teacher once about every example. Returns the folder that holds logits.npy (N, C) and pooled.npy (N, k', d_t).
+
+    k' = n-1 candidate layers (n with --include-last). It lies in `home`; a table that an earlier run made of the same teacher
+    and data, there or in a run's folder beside this one, is used as it is. A folder with the final name is always
+    whole, see `whole`. Raises ValueError for too little disk, before the pass starts, and for a teacher that answers NaN.
+    """
+    n, run_folder = teacher.config.num_hidden_layers, Path(settings.output_dir)
+    layers = np.arange(1, n + 1 if settings.include_last else n)
+    name = f"table-{fingerprint(teacher, data, len(layers), settings.precision)}"
+    for folder in [home / name, *sorted(run_folder.absolute().parent.glob(f"*/{name}"))]:
+        if folder.is_dir():
+            say(f"teacher table: found {folder}, so the teacher is not asked again")
+            return folder
+    batches = length_batches(data, 64)
+    (_, batch), = batches_on(teacher.device, data, tokenizer, batches[:1])
+    logits, pooled = teacher_answers(teacher, batch, layers, settings.precision)
+    rank, world = processes()
+    with whole(home / name, f".{run_folder.name}") as part:
+        # Half precision is enough for vectors that will be normalised, unless a layer's output does not fit its range.
+        for kind in (np.float16, np.float32):
+            shapes = {"logits": (len(data), *logits.shape[1:]), "pooled": (len(data), *pooled.shape[1:])}
+            kinds = {"logits": np.float32, "pooled": kind}
+            size = sum(math.prod(shapes[key]) * np.dtype(kinds[key]).itemsize for key in shapes)
+            if rank == 0:
+                free = shutil.disk_usage(home).free
+                say(f"teacher table: {len(data):,} examples x {len(layers)} layers x {pooled.shape[2]} -> "
+                    f"{human_bytes(size)} in {home / name}")
+                if size > free:
+                    raise ValueError(f"the teacher table needs {human_bytes(size)} and {home} has {human_bytes(free)} free; make "
+                                     "room, or ask the teacher in each step with --teacher-table off")
+                part.mkdir(exist_ok=True)
+                for key, shape in shapes.items():
+                    np.lib.format.open_memmap(part / f"{key}.npy", "w+", kinds[key], shape)
+                    if hasattr(os, "posix_fallocate"):  # a disk that fills up says so now, not by a bus error in the middle
+                        with open(part / f"{key}.npy", "r+b") as file:
+                            os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
+            barrier()
+            largest = torch.zeros((), device=teacher.device)
+            for rows, batch in progress(batches_on(teacher.device, data, tokenizer, batches[rank::world]), "asking the teacher",
+                                        len(batches[rank::world])):
+                logits, pooled = teacher_answers(teacher, batch, layers, settings.precision)
+                largest = torch.maximum(largest, pooled.abs().max()) + 0 * logits.sum()  # keeps the NaN of either
+                for key, values in (("logits", logits), ("pooled", pooled)):
+                    np.load(part / f"{key}.npy", mmap_mode="r+")[rows] = values.cpu().numpy().astype(kinds[key])  # may overflow: seen below
+            if world > 1:
+                dist.all_reduce(largest, dist.ReduceOp.MAX)
+            if not torch.isfinite(largest):
+                raise ValueError("the teacher's answers contain NaN or infinity: the teacher is broken")
+            if largest <= np.finfo(kind).max:
+                break
+    return home / name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+def processes():
+    """(rank, world): (0, 1) for one process, and what torchrun says for several. A first reader can skip what uses it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier():
+    """Waits until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def say(text="", file=None):
+    """Prints, in one process of all (also before they have joined)."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text, file=file or sys.stdout)
+        (file or sys.stdout).flush()
+
+
+def progress(iterable, text, total):
+    """A progress bar that disappears when it is done; none where the output is not a terminal."""
+    return tqdm(iterable, text, total, leave=False, disable=True if processes()[0] else None, dynamic_ncols=True)
+
+
+@contextlib.contextmanager
+def whole(path, owner=""):
+    """Yields a temporary path; the file or folder written there appears as `path` whole, or not at all.
+
+    Every process enters, process 0 writes (or all of them share the work), and all leave when it is there. A folder that is
+    there already stays: it was whole. A full disk or a crash leaves what was at `path` before. Raises OSError.
+    """
+    part, rank = path.with_name(f"{path.name}{owner}.part"), processes()[0]
+
+    def remove():
+        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+
+    try:
+        if rank == 0:
+            remove()  # what a killed process left
+        yield part
+        barrier()
+        if rank == 0:
+            for file in [part] if part.is_file() else part.rglob("*"):
+                with open(file, "r+b") as written:
+                    os.fsync(written.fileno())  # first all bytes reach the disk, then the name changes, in one step
+            remove() if path.is_dir() else os.replace(part, path)
+        barrier()
+    except (OSError, SafetensorError) as error:
+        remove()
+        raise OSError(f"{path} could not be written ({first_line(error)}); what was there before is unchanged") from error
+    except BaseException:
+        remove()
+        raise
+
+
+def save_json(path, content):
+    """Writes a JSON file whole or not at all."""
+    with whole(path) as part:
+        if processes()[0] == 0:
+            part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def train(model, data, tokenizer, settings, validate, state_file, ask=None, rail=None,
+          num_teacher_layers=None, report=lambda history: None):
+    """Trains `model` (in place) and returns the history, a list with one dict for each epoch.
+
+    One loop for everything: with `ask` it distils, without it (`finetune`) it learns from the labels alone, which is also how
+    a teacher is fine-tuned. What is random in an epoch (map, order, dropout) is seeded by (seed, epoch), and the state is
+    written at the end of each epoch. So a run that was killed ends where it would have ended, bit for bit on a CPU.
+
+    Args:
+        model: the student; moved to no device, it is where it shall stay.
+        data, tokenizer: encoded training data (N examples), and what pads it.
+        settings: resolved `Settings`; their mapping, weights, temperature, epochs, batch size, learning rate, seed, ... count.
+        validate: function of no arguments that returns the validation metrics of `model`.
+        state_file: where the state lies; if it is there already, training goes on from it.
+        ask: ask(rows, layers) -> (teacher logits (B, C), pooled layers (B, k, d_t)), or None.
+        rail: a RailLoss, or None where the mapping has no intermediate loss.
+        num_teacher_layers: n, needed with `ask`.
+        report: called with the history after each epoch.
+    Raises:
+        FloatingPointError: a loss became NaN or infinite.
+    """
+    (rank, world), device = processes(), model.device
+    m = model.config.num_hidden_layers
+    student_layers = range(1, m + 1 if settings.include_last else m)
+    weights = objective_weights(settings.mapping, settings.weights)
+    trained = nn.ModuleList([model] if rail is None else [model, rail])  # the projections are trained with the student
+    num_steps = math.ceil(len(data) / settings.batch_size)
+    # fused: one kernel updates all weights; on two CPU cores a fifth of the time of the plain loop over tensors.
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay,
+                                  fused=device.type in ("cpu", "cuda"))
+    schedule = transformers.get_linear_schedule_with_warmup(
+        optimizer, round(settings.warmup_ratio * num_steps * settings.epochs), num_steps * settings.epochs)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")  # fp16 gradients would underflow to 0
+    parts, history = {"trained": trained, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}, []
+    if state_file.exists():
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        history = state["history"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    # `forward` and `rail_forward` compute what model and rail compute; compiled, and with gradients averaged over processes.
+    forward, rail_forward = model, rail
+    if world > 1:
+        devices = [device.index] if device.type == "cuda" else None
+        forward = nn.parallel.DistributedDataParallel(model, devices)
+        rail_forward = rail and nn.parallel.DistributedDataParallel(rail, devices)
+    if settings.compile:
+        forward = torch.compile(forward, dynamic=True)
+
+    for epoch in range(len(history) + 1, settings.epochs + 1):
+        start = time.perf_counter()
+        seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
+        torch.manual_seed(seed + rank)  # dropout: each process its own
+        row_batches = length_batches(data, settings.batch_size, torch.Generator().manual_seed(seed))
+        # Process r takes every world-th row of each batch. If it gets none, it computes one row with weight 0, since all
+        # processes must take part in each step. The weight makes the average over processes the mean over the whole batch.
+        mine = [rows[rank::world] or rows[:1] for rows in row_batches]
+        share = [len(rows[rank::world]) * world / len(rows) for rows in row_batches]
+        losses = torch.zeros(num_steps, 4, device=device)  # stays on the device: reading a number would make the CPU wait
+        model.train()
+        bar = progress(batches_on(device, data, tokenizer, mine), f"epoch {epoch}", num_steps)
+        for step, (rows, batch) in enumerate(bar):
+            layers = choose_layers(settings, num_teacher_layers, m, epoch, step) if ask else None
+            with autocast(device, settings.precision):
+                output = forward(**inputs_of(batch), output_hidden_states=rail is not None)
+            logits = output.logits.float()                                              # (B, C); all losses are in fp32
+            ce = label_loss(logits, batch["labels"])
+            kd = rail_loss = torch.zeros((), device=device)
+            if ask is not None:
+                teacher_logits, teacher_pooled = ask(rows, layers)                      # (B, C), (B, k, d_t)
+                kd = kd_loss(logits, teacher_logits, settings.temperature)
+            if rail is not None:
+                student_pooled = pool_layers(output.hidden_states, batch["attention_mask"], student_layers)  # (B, k, d_s)
+                rail_loss = rail_forward(student_pooled, teacher_pooled)
+            loss = combined_loss(ce, kd, rail_loss, weights)
+            scaler.scale(loss * share[step]).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses[step] = torch.stack([ce, kd, rail_loss, loss]).detach() * share[step]
+            if step % 50 == 49 or step == num_steps - 1:  # now and then the device may wait
+                bad = (~torch.isfinite(losses).all(dim=1)).nonzero()
+                if len(bad):
+                    raise FloatingPointError(
+                        f"a loss became NaN or infinite at step {int(bad[0]) + 1} of epoch {epoch}; the run stops, and what was "
+                        "finished before is kept. A lower --learning-rate or --precision fp32 may help")
+        if world > 1:
+            dist.all_reduce(losses)
+        sizes = torch.tensor([len(rows) for rows in row_batches], device=device)
+        means = (losses / world * sizes[:, None]).sum(dim=0) / len(data)  # over examples: the last batch may be smaller
+        seconds = time.perf_counter() - start
+        drawn = choose_layers(settings, num_teacher_layers, m, epoch) if ask else None
+        fixed = drawn is not None and settings.mapping != "attention" and settings.resample == "epoch"
+        record = {"epoch": epoch, "layers": drawn.tolist() if fixed else None}
+        record |= dict(zip(("ce", "kd", "rail", "total"), means.tolist()))
+        record |= {"seconds": seconds, "examples_per_second": len(data) / seconds} | validate()
+        history.append(record)
+        text = " ".join(f"{i}←{j}" for i, j in enumerate(record["layers"] or [], 1))
+        text = text or settings.mapping + ", redrawn in each step" * (settings.mapping == "random")
+        say(f"  epoch {epoch:2}/{settings.epochs}  {text}   ce {record['ce']:.4f}  kd {record['kd']:.4f}  rail {record['rail']:.4f}   "
+            f"{main_metric(record)} {record[main_metric(record)]:.4f}   {record['examples_per_second']:,.0f} examples/s")
+        with whole(state_file) as part:
+            if rank == 0:
+                state = io.BytesIO()  # a full disk is then an OSError of the write, not torch's own
+                torch.save({"history": history} | {name: part.state_dict() for name, part in parts.items()}, state)
+                part.write_bytes(state.getbuffer())
+        report(history)
+    return history
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. The score
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics are computed once over a whole set, never as a mean over batches: the last batch is smaller, and F1 or a correlation
+# of the whole is not the mean of the parts'.
+
+def ranks(values):
+    """Ranks from 1; equal values share the mean of their ranks, as Spearman's correlation wants it."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def correlation(a, b):
+    """Pearson's r of two arrays (N,); 0 where one of them is constant, since then it tells nothing."""
+    a, b = a - a.mean(), b - b.mean()
+    scale = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b) / scale if scale > 0 else 0.0
+
+
+def compute_metrics(logits, labels, task=None):
+    """The metrics of a task, over a whole set at once: (N, C), (N,) -> {"accuracy": ..., ...}.
+
+    GLUE's own metrics for its tasks, accuracy for other classes, the two correlations for a regression. Then `eval_loss`
+    (cross-entropy in nats, or mean squared error) and, for classes, `ece`: the expected calibration error, the gap between
+    confidence and accuracy over 15 bins of confidence (Guo et al. 2017).
+    """
+    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
+    if logits.shape[1] == 1:
+        output = logits[:, 0]
+        return {"pearson": correlation(output, labels), "spearmanr": correlation(ranks(output), ranks(labels)),
+                "eval_loss": float(np.mean((output - labels) ** 2))}
+    log_probs = logits - logits.max(axis=1, keepdims=True)
+    log_probs -= np.log(np.exp(log_probs).sum(axis=1, keepdims=True))                 # (N, C)
+    predicted, confidence = logits.argmax(axis=1), np.exp(log_probs.max(axis=1))      # (N,), (N,)
+    correct = predicted == labels
+    hits, claims, positives = np.sum((predicted == 1) & (labels == 1)), np.sum(predicted == 1), np.sum(labels == 1)
+    values = {"accuracy": correct.mean(), "f1": 2 * hits / max(claims + positives, 1),
+              "matthews_correlation": correlation((predicted == 1).astype(float), (labels == 1).astype(float))}
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    gaps = np.abs(np.bincount(bins, weights=correct - confidence))
+    wanted = GLUE[task][1] if task in GLUE else ["accuracy"]
+    return {name: float(values[name]) for name in wanted} | {
+        "eval_loss": float(-log_probs[np.arange(len(labels)), labels].mean()), "ece": float(gaps.sum() / len(labels))}
+
+
+@torch.no_grad()
+def predict(model, data, tokenizer, precision="fp32"):
+    """The model's logits for an encoded Dataset, in its order: float32 array (N, C). The model is left in eval mode."""
+    model.eval()
+    batches, logits = length_batches(data, 64), None
+    for rows, batch in batches_on(model.device, data, tokenizer, batches):
+        with autocast(model.device, precision):
+            output = model(**inputs_of(batch)).logits.float().cpu().numpy()
+        logits = np.empty((len(data), output.shape[1]), np.float32) if logits is None else logits
+        logits[rows] = output
+    return logits
+
+
+def evaluate(model, data, tokenizer, task=None, precision="fp32", teacher_logits=None):
+    """The metrics of a model over a whole encoded Dataset with labels, see `compute_metrics`.
+
+    With the teacher's logits (N, C) for the same data also `agreement`: the share of the examples, right or wrong, in which
+    both choose the same class.
+    """
+    logits = predict(model, data, tokenizer, precision)
+    metrics = compute_metrics(logits, data["label"], task)
+    if teacher_logits is not None and logits.shape[1] > 1:
+        metrics["agreement"] = float(np.mean(logits.argmax(1) == teacher_logits.argmax(1)))
+    return metrics
+
+
+def milliseconds_per_sentence(model, data, tokenizer, precision="fp32", repeats=30):
+    """Median time of a forward pass with one sentence, in milliseconds, on the model's device."""
+    model.eval()
+    rows, times = [[i % len(data)] for i in range(repeats + 5)], []
+    for _, batch in batches_on(model.device, data, tokenizer, rows):
+        start = time.perf_counter()
+        with torch.no_grad(), autocast(model.device, precision):
+            model(**inputs_of(batch)).logits.cpu()  # .cpu() waits for the device
+        times.append((time.perf_counter() - start) * 1000)
+    return float(np.median(times[5:]))  # the first ones warm up
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. The whole job
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Side:
+    """Teacher or student, and the data as its own tokenizer encodes it."""
+
+    model: nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    train: datasets.Dataset = None
+    validation: dict = None  # name -> Dataset: "" for most tasks, "matched" and "mismatched" for MNLI
+    evaluation: dict = None  # file -> Dataset
+
+    def encode(self, train, validation, evaluation, max_length):
+        """Fills the three data fields from Datasets of text."""
+        def encoded(data):
+            return encode(data, self.tokenizer, self.model, max_length)
+        self.train = encoded(train)
+        self.validation, self.evaluation = ({name: encoded(data) for name, data in sets.items()} for sets in (validation, evaluation))
+
+    def validate(self, settings, teacher_logits=None):
+        """All validation metrics; those of MNLI's second validation set carry its name: accuracy, accuracy_mismatched."""
+        metrics = {}
+        for name, data in self.validation.items():
+            found = evaluate(self.model, data, self.tokenizer, settings.task, settings.precision, (teacher_logits or {}).get(name))
+            metrics |= {key if name in ("", "matched") else f"{key}_{name}": value for key, value in found.items()}
+        return metrics
+
+    def costs(self, settings):
+        """{"layers", "parameters", "bytes" of the weights on disk, "milliseconds_per_sentence" at batch size 1}."""
+        data = next(iter(self.validation.values()))
+        return {"layers": self.model.config.num_hidden_layers, "parameters": self.model.num_parameters(),
+                "bytes": sum(tensor.numel() * tensor.element_size() for tensor in self.model.state_dict().values()),
+                "milliseconds_per_sentence": milliseconds_per_sentence(self.model, data, self.tokenizer, settings.precision)}
+
+    def save(self, folder, card):
+        """Writes a folder that `transformers.pipeline` loads as it is: safetensors, tokenizer, label names, model card."""
+        with whole(folder) as part:
+            if processes()[0] == 0:
+                self.model.save_pretrained(part)
+                self.tokenizer.save_pretrained(part)
+                (part / "README.md").write_text(card, encoding="utf-8")
+
+
+def first_line(error):
+    """An exception's first line of text, for a message of one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def human_bytes(size):
+    """1234567 -> '1.2 MB'."""
+    power = min(int(math.log10(max(size, 1))) // 3, 4)
+    return f"{size / 1000 ** power:.1f} {['B', 'kB', 'MB', 'GB', 'TB'][power]}"
+
+
+def peak_memory():
+    """The most memory that this process has used so far, in bytes: of the GPU if it used one, else of the machine."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def quiet():
+    """Switches off what the libraries say about things that a user can't change; their errors still come through."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # The schedule counts a step that fp16 scaling had to skip; a handful of such steps at the start does no harm.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+
+
+def resume_settings(folder, given):
+    """The settings of the run in `folder`. Raises ValueError where it holds none, or where `given` contradicts them."""
+    file = Path(folder) / "metrics.json"
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))["settings"]
+        settings = Settings(**saved | {"resume": str(folder), "output_dir": str(folder)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--resume {folder}: no run can be resumed there ({file.name}: {first_line(error)})") from error
+    for name, value in given.items():
+        if name not in ("resume", "output_dir") and value != saved.get(name):
+            raise ValueError(f"--{name.replace('_', '-')} {value} contradicts the run being resumed, which has {saved.get(name)}; "
+                             "leave it out, or start a new run")
+    return settings
+
+
+def run(settings):
+    """The whole job, from `Settings` to a distilled student on disk. Returns what metrics.json holds.
+
+    Raises ValueError (or OSError) in one sentence for what a user can mend, FloatingPointError for a loss that diverged.
+    """
+    quiet()
+    if settings.resume:
+        default = Settings()
+        settings = resume_settings(settings.resume, {name: value for name, value in dataclasses.asdict(settings).items()
+                                                     if value != getattr(default, name)})
+    settings = settings.resolve()
+    if processes()[1] > 1:  # the default name of the folder holds the time: process 0 decides
+        names = [settings.output_dir]
+        dist.broadcast_object_list(names)
+        settings.output_dir = names[0]
+    out = Path(settings.output_dir)
+    if settings.resume:
+        finished = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+        if "evaluation" in finished:
+            say(f"{out} is finished already: its student lies in {out / 'student'}, its numbers in {out / 'metrics.json'}")
+            return finished
+    try:
+        return distil(settings, out)
+    except KeyboardInterrupt:
+        hint = f"; go on with:  python rail_kd.py --resume {out}" if (out / "metrics.json").exists() else ""
+        raise KeyboardInterrupt(f"stopped{hint}") from None
+
+
+def distil(settings, out):
+    """What `run` does once the settings are checked and the folder `out` is known."""
+    begin, device = time.perf_counter(), torch.device(settings.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+
+    # Data and models. Everything that can be wrong with them shows here, before the slow part.
+    train_set, validation = load_task(settings)
+    feature = train_set.features["label"]
+    evaluation = {path: set_labels(read_file(path), feature, path) for path in settings.eval_file}
+    torch.manual_seed(settings.seed)  # for classifiers that are new
+    if settings.teacher is None:
+        (model, tokenizer), has_classifier = toy_teacher(settings.seed), False
+        use_labels_of(model, feature)
+    else:
+        model, tokenizer, has_classifier = load_classifier(settings.teacher, feature, "teacher")
+    teacher = Side(model.to(device), tokenizer)
+    n = teacher.model.config.num_hidden_layers
+    if settings.student:
+        student = Side(*load_classifier(settings.student, feature, "student")[:2])
+    else:
+        settings.student_layers = settings.student_layers or max(n // 3, 1)
+        student = Side(build_student(teacher.model, settings.student_layers), tokenizer)  # cut anew once the teacher is ready
+    m = student.model.config.num_hidden_layers
+    choose_layers(settings, n, m, epoch=1)  # raises where the two have no layers to map
+    for side in (teacher, student):
+        side.encode(train_set, validation, evaluation, settings.max_length)
+
+    # From here on there is a folder, and what happens can be resumed.
+    if processes()[0] == 0:
+        out.mkdir(parents=True, exist_ok=True)
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    results = {
+        "settings": dataclasses.asdict(settings) | {"resume": None},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+                     "datasets": datasets.__version__, "numpy": np.__version__},
+        "device": f"{device.type} ({chip}, {torch.get_num_threads()} threads, {processes()[1]} processes)",
+        "teacher": {}, "student": {}, "epochs": []}
+    save_json(out / "metrics.json", results)
+    say_plan(settings, teacher, student, train_set, validation, results["device"])
+
+    # The teacher. One without a classifier is fine-tuned by the same loop, with CE alone.
+    if not has_classifier:
+        say(f"The teacher ({settings.teacher or 'made on the spot'}) has no trained classifier yet, so it is fine-tuned first:")
+        own_set = teacher.train
+        if settings.task == "toy":
+            own_set = encode(load_task(settings, for_teacher=True)[0], tokenizer, teacher.model, settings.max_length)
+        plan = dataclasses.replace(settings, mapping="finetune", epochs=settings.teacher_epochs)
+        history = train(teacher.model, own_set, tokenizer, plan, lambda: teacher.validate(settings), out / "teacher.pt")
+        teacher.save(out / "teacher", model_card(settings, "Teacher", history[-1]))
+        say(f"  saved; further runs can use it with  --teacher {out / 'teacher'}")
+        results["teacher"]["epochs"] = history
+    freeze(teacher.model)
+    teacher_logits = {name: predict(teacher.model, data, tokenizer, settings.precision)
+                      for name, data in teacher.validation.items()}
+    results["teacher"] |= teacher.costs(settings) | teacher.validate(settings)
+    warn_of_weak_teacher(teacher_logits, validation)
+
+    # The teacher's answers, the student, and the projections.
+    ask = rail = None
+    if settings.mapping != "finetune":
+        if settings.teacher_table == "off":
+            ask = live_teacher(teacher.model, teacher.train, tokenizer, settings.precision)
+        else:
+            home = out if has_classifier else out / "teacher"
+            if settings.teacher and has_classifier and os.access(settings.teacher, os.W_OK):
+                home = Path(settings.teacher)
+            ask = table_teacher(write_teacher_table(teacher.model, teacher.train, tokenizer, settings, home), device)
+    if not settings.student:
+        student.model = build_student(teacher.model, m)
+    student.model.to(device)
+    if settings.mapping not in ("none", "finetune"):
+        torch.manual_seed(settings.seed)
+        variant = "attention" if settings.mapping == "attention" else settings.variant
+        widths = [side.model.config.hidden_size for side in (teacher, student)]
+        rail = RailLoss(*widths, m if settings.include_last else m - 1, variant, settings.projection_size).to(device)
+
+    say("Distillation:" if ask else "Training without a teacher:")
+    results["epochs"] = train(student.model, student.train, student.tokenizer, settings,
+                              lambda: student.validate(settings, teacher_logits), out / "student.pt", ask, rail, n,
+                              lambda history: save_json(out / "metrics.json", results | {"epochs": history}))
+    student.save(out / "student", model_card(settings, "Student", results["epochs"][-1]))
+    results["student"] = student.costs(settings) | student.validate(settings, teacher_logits)
+    results["evaluation"] = {path: {
+        name: evaluate(side.model, side.evaluation[path], side.tokenizer, settings.task, settings.precision)
+        for name, side in (("teacher", teacher), ("student", student))} for path in evaluation}
+    results |= {"seconds": time.perf_counter() - begin, "peak_memory_bytes": peak_memory()}
+    save_json(out / "metrics.json", results)
+    if processes()[0] == 0:
+        for state in ("teacher.pt", "student.pt"):
+            (out / state).unlink(missing_ok=True)
+    say_results(results, out, device.type)
+    return results
+
+
+def say_plan(settings, teacher, student, train_set, validation, device):
+    """Prints what is about to happen."""
+    if settings.task == "toy":
+        say("The toy: short reviews in which the main clause decides, so that counting words says little.")
+        for row in validation[""].select(range(3)):
+            say(f"    {validation[''].features['label'].names[row['label']]:8}  {row['sentence1']}")
+        say(f"Its teacher learns from {8 * len(train_set):,} of them. The student gets {len(train_set):,} others, and a fifth of their "
+            "labels is wrong.")
+    for name, side in (("teacher", teacher), ("student", student)):
+        say(f"{name}:   {side.model.config.num_hidden_layers} layers, {side.model.num_parameters():,} parameters")
+    steps = settings.epochs * math.ceil(len(train_set) / settings.batch_size)
+    say(f"training:  {len(train_set):,} examples x {settings.epochs} epochs = {steps:,} steps of {settings.batch_size}, {settings.precision} "
+        f"on {device}")
+    rail = f"RAIL({settings.variant}, {settings.mapping} map, u={settings.projection_size})"
+    terms = zip(objective_weights(settings.mapping, settings.weights), ("CE", f"KD(T={settings.temperature:g})", rail))
+    say("objective: " + " + ".join(f"{weight:.3g} {name}" for weight, name in terms if weight))
+
+
+def warn_of_weak_teacher(teacher_logits, validation):
+    """Says so, prominently, where the teacher is no better than always naming the largest class."""
+    for name, logits in teacher_logits.items():
+        labels = np.array(validation[name]["label"])
+        if logits.shape[1] > 1:
+            right, share = np.mean(logits.argmax(1) == labels), np.bincount(labels).max() / len(labels)
+            if right <= share:
+                say(f"\n!!! The teacher is right on {right:.1%} of the validation examples; always naming the largest class is right on "
+                    f"{share:.1%}.\n!!! It is weak or broken, or numbers the classes differently: a student can't learn from it.\n")
+
+
+def say_results(results, out, device):
+    """Prints the small table at the end, and where everything lies."""
+    metric = main_metric(results["student"])
+    say(f"\n          layers   parameters   on disk   {metric:>21}   ms a sentence ({device})")
+    for name in ("teacher", "student"):
+        row = results[name]
+        say(f"{name}   {row['layers']:6}   {row['parameters']:10,}   {human_bytes(row['bytes']):>7}   {row[metric]:21.4f}   "
+            f"{row['milliseconds_per_sentence']:.2f}")
+    for path, scores in results["evaluation"].items():
+        say(f"{path}: " + ", ".join(f"{name} {metric} {scores[name][metric]:.4f}" for name in ("teacher", "student")))
+    say(f"\nThe student lies in {out / 'student'}, all numbers in {out / 'metrics.json'}.")
+
+
+def main_metric(metrics):
+    """The name of the metric that the terminal shows: the first of those that GLUE knows."""
+    return next(name for name in metrics if name in {metric for _, names in GLUE.values() for metric in names})
+
+
+def model_card(settings, title, metrics):
+    """A short README for a saved model: what made it, and what it scored."""
+    used = "\n".join(f"| {name} | {value} |" for name, value in dataclasses.asdict(settings).items() if value not in (None, []))
+    numbers = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
+    return (f"# {title} for {settings.task or Path(settings.train_file).stem}\n\nMade by `rail_kd.py`, a reference implementation of "
+            f"RAIL-KD (arXiv 2109.10164).\n\nLast epoch: {numbers}\n\n| setting | value |\n|---|---|\n{used}\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10. The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+def parse(argv):
+    """Command line -> Settings. Raises ValueError in one sentence, where argparse would print a page of usage."""
+    def fail(message):
+        raise ValueError(f"{message}; python rail_kd.py --help lists all settings")
+
+    parser = transformers.HfArgumentParser(
+        Settings, prog="rail_kd.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = fail
+    # With None already in the namespace, argparse keeps its defaults to itself: what is not None then was really given.
+    names = [field.name for field in dataclasses.fields(Settings)]
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names))))
+    given = {name: value for name, value in given.items() if value is not None}
+    return resume_settings(given["resume"], given) if "resume" in given else Settings(**given)
+
+
+def main(argv=None):
+    """The command line. Returns the exit status: 0, 2 for what a user can mend (one line on stderr), 130 for Ctrl-C."""
+    try:
+        settings = parse(argv)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun: join the others, each with a GPU of its own
+            cuda = resolve_device(settings.device, "fp32")[0] == "cuda"
+            if cuda:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if cuda else "gloo")
+        run(settings)
+        return 0
+    except KeyboardInterrupt as stop:
+        say(str(stop) or "stopped", sys.stderr)
+        return 130
+    except torch.cuda.OutOfMemoryError:
+        say("rail_kd.py: the GPU's memory is full; lower --batch-size or --max-length", sys.stderr)
+        return 2
+    except (ValueError, OSError, FloatingPointError) as error:
+        say(f"rail_kd.py: {' '.join(str(error).split())}", sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
