@@ -85,7 +85,7 @@ DEFAULTS = {
     "teacher": ("bert-base-uncased", None),
     "temperature": (2.0, 2.0),
     "epochs": (10, 8),
-    "teacher_epochs": (3, 3),
+    "teacher_epochs": (3, 5),
     "learning_rate": (5e-5, 5e-4),
     "warmup_ratio": (0.0, 0.1),
     "max_train_examples": (None, 1000),
@@ -127,7 +127,7 @@ class Settings:
     temperature: float | None = option(None, "Softens both output distributions in KD. Default: 2.")
     projection_size: int = option(128, "Shared width u to which the pooled layers of both sides are projected.")
     epochs: int | None = option(None, "Epochs of distillation. Default: 10; the toy 8.")
-    teacher_epochs: int | None = option(None, "Epochs of fine-tuning for a teacher without a classifier. Default: 3.")
+    teacher_epochs: int | None = option(None, "Epochs of fine-tuning for a teacher without a classifier. Default: 3; the toy 5.")
     batch_size: int = option(32, "Examples in a step, over all processes together.")
     learning_rate: float | None = option(None, "Peak learning rate of AdamW. Default: 5e-5; the toy 5e-4.")
     warmup_ratio: float | None = option(None, "Share of the steps in which the learning rate rises; it falls linearly "
@@ -235,22 +235,23 @@ ADJECTIVES = ["dull clumsy stale silly cold weak tedious messy".split(),        
               "clever moving fresh funny warm sharp gripping charming".split()]  # label 1, positive
 DEGREES = ["", "", "very", "quite", "rather"]
 NEGATIONS = ["not", "never", "hardly"]
-FORMS = ["the {main}, although the {side}.", "although the {side}, the {main}.", "the {side}, but the {main}."]
+FORMS = ["the {main}.", "the {main}, although the {side}.", "although the {side}, the {main}.", "the {side}, but the {main}.",
+         "the {side}, yet the {main}."]
 
 
 def toy_sentences(seed, sizes):
     """Short reviews in which the words alone do not decide the label. Returns one Dataset for each number in `sizes`.
 
-    Each sentence has two clauses, each with an adjective, often a degree and often a negation: "Although the plot is very
-    clever, the acting is hardly moving." The main clause decides (here: negative). Which one that is depends on the word
-    order, and what it says on its negation, so counting words says little: a reader has to combine. All sentences differ.
+    Most sentences have two clauses, each with an adjective, often a degree or a negation: "Although the plot is very clever,
+    the acting is hardly moving." The main clause decides (here: negative). Which one that is depends on the word order, and
+    what it says on its negation, so counting words says little: a reader has to combine. All sentences differ.
     """
     rng = np.random.default_rng([seed, 0x7071])
     found = {}  # sentence -> label; a dict keeps the order and drops repeats
     while len(found) < sum(sizes):
         clauses, labels = {}, {}
         for part, topic in zip(("main", "side"), rng.choice(TOPICS, 2, replace=False)):
-            polarity, negated = rng.integers(2), rng.integers(2)
+            polarity, negated = rng.integers(2), rng.random() < 1 / 3
             words = [topic, "is", rng.choice(NEGATIONS) if negated else rng.choice(DEGREES), rng.choice(ADJECTIVES[polarity])]
             clauses[part], labels[part] = " ".join(filter(None, words)), int(polarity ^ negated)
         found.setdefault(rng.choice(FORMS).format(**clauses).capitalize(), labels["main"])
@@ -410,9 +411,10 @@ def batches_on(device, data, tokenizer, row_batches):
 def toy_teacher(seed, num_layers=12):
     """(model, tokenizer): an untrained 12-layer BERT of width 64 and a tokenizer of whole words for the toy's language.
 
-    No dropout: deep post-norm Transformers that learn from scratch on little data easily stay at chance with it.
+    Deep post-norm Transformers that learn from scratch easily stay at chance. What helps here: no dropout, weights that start
+    larger than BERT's usual 0.02 (which was made for a width of 768), and warm-up.
     """
-    words = sorted(set(" ".join(TOPICS + ADJECTIVES[0] + ADJECTIVES[1] + DEGREES + NEGATIONS + ["the is but although"]).split()))
+    words = sorted(set(" ".join(TOPICS + ADJECTIVES[0] + ADJECTIVES[1] + DEGREES + NEGATIONS + ["the is but yet although"]).split()))
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", "."] + words)}
     raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     raw.normalizer = tokenizers.normalizers.Lowercase()
@@ -425,7 +427,8 @@ def toy_teacher(seed, num_layers=12):
     torch.manual_seed(seed)
     config = transformers.BertConfig(
         vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=num_layers, num_attention_heads=4, intermediate_size=128,
-        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        initializer_range=0.05)
     return transformers.BertForSequenceClassification(config), tokenizer
 
 
