@@ -398,7 +398,10 @@ def batches_on(device, data, tokenizer, row_batches):
     the copy from pinned memory does not make the CPU wait.
     """
     cuda = torch.device(device).type == "cuda"
+    # A generator of its own: else each new loader draws a number from the global one, and dropout would depend on how often
+    # somebody asked for batches, for example to ask the live teacher.
     loader = torch.utils.data.DataLoader(row_batches, batch_size=None, num_workers=2 * cuda, pin_memory=cuda,
+                                         generator=torch.Generator(),
                                          collate_fn=functools.partial(_collate, data, DataCollatorWithPadding(tokenizer)))
     for rows, batch in zip(row_batches, loader):
         yield rows, {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -423,7 +426,7 @@ def toy_teacher(seed, num_layers=12):
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, model_max_length=64, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        mask_token="[MASK]")
+        mask_token="[MASK]", model_input_names=["input_ids", "token_type_ids", "attention_mask"])
     torch.manual_seed(seed)
     config = transformers.BertConfig(
         vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=num_layers, num_attention_heads=4, intermediate_size=128,
