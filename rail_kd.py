@@ -26,10 +26,15 @@ Knowledge Distillation", Findings of NAACL 2022, arXiv 2109.10164. Where the sou
     python rail_kd.py --task toy                           # two minutes on a laptop, offline
     python rail_kd.py --task sst2 --student-layers 4       # BERT-base, 12 layers -> 4, on a GPU
 
-The order of the file is the order of the method: settings, data, the two models, the random map, the losses, asking the
-teacher, the loop, the score, the whole job, the command line. Letters in shapes: B sentences in a batch, L tokens in a
-sentence, n teacher layers of width d_t, m student layers of width d_s, k pairs of layers, u the projection's width,
-C classes (1 for a regression), N training examples.
+The file is to be read from top to bottom, in the order of the method:
+
+     1  settings                 5  the random map            9  the score
+     2  tools (skip them)        6  the losses               10  the whole job
+     3  data                     7  asking the teacher       11  the command line
+     4  teacher and student      8  the loop
+
+Letters in shapes:  B sentences in a batch,  L tokens in a sentence,  N training examples,  C classes (1 for a regression),
+n teacher layers of width d_t,  m student layers of width d_s,  k pairs of layers,  u the width of the projections.
 """
 import argparse
 import contextlib
@@ -80,10 +85,10 @@ GLUE = {
     "wnli": (["sentence1", "sentence2"], ["accuracy"]),
 }
 
-# Defaults that depend on the task: (real text with a pretrained teacher, the toy with a teacher trained from scratch).
+# Defaults that depend on the task: (real text with a pretrained teacher, the toy with a teacher trained from scratch). Ten
+# epochs, because with one draw an epoch and 12 -> 4 layers a given teacher layer has then taught with a probability of 96 %.
 DEFAULTS = {
     "teacher": ("bert-base-uncased", None),
-    "temperature": (2.0, 2.0),
     "epochs": (10, 8),
     "teacher_epochs": (3, 5),
     "learning_rate": (5e-5, 5e-4),
@@ -91,106 +96,100 @@ DEFAULTS = {
     "max_train_examples": (None, 1000),
 }
 
+# The smallest value of each number, and whether it may be reached.
+AT_LEAST = {"student_layers": 1, "projection_size": 1, "epochs": 1, "teacher_epochs": 1, "batch_size": 1, "max_length": 4,
+            "max_train_examples": 1, "seed": 0, "weight_decay": 0, "warmup_ratio": 0}
+ABOVE = {"learning_rate": 0, "temperature": 0}
+
 
 def option(default, text, choices=None, **more):
     """A field of `Settings`: its default, the sentence that `--help` shows, and the values it may have."""
     more |= {"help": text} | ({"choices": choices} if choices else {})
-    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(metadata=more, **factory)
+    return dataclasses.field(metadata=more, **({"default_factory": default.copy} if isinstance(default, list) else {"default": default}))
 
 
 @dataclasses.dataclass
 class Settings:
-    """Everything a run depends on. `transformers.HfArgumentParser` makes a command-line flag of each field."""
+    """Everything that a run depends on. `transformers.HfArgumentParser` makes a command-line flag of each field."""
 
-    task: str | None = option(None, "What to learn: 'toy' (the default, made on the spot) or a GLUE task from the hub.",
-                              ["toy", *GLUE])
-    train_file: str | None = option(None, "Own training data instead of a task: CSV or JSON lines with the columns "
-                                    "sentence (or sentence1), optionally sentence2, and label.")
-    validation_file: str | None = option(None, "Own validation data, with the same columns.")
-    eval_file: list[str] = option([], "Further files on which the finished student and the teacher are scored, for "
-                                  "example text of another domain.", action="extend")
-    teacher: str | None = option(None, "Hub name or folder of the teacher; one without a trained classifier is "
-                                 "fine-tuned first. Default: bert-base-uncased; for the toy, 12 layers made on the spot.")
-    student_layers: int | None = option(None, "Cut a student with this many layers from the teacher. Default: a third of "
-                                        "the teacher's.")
-    student: str | None = option(None, "Hub name or folder of a student of any width, architecture and tokenizer, "
-                                 "instead of one cut from the teacher.")
-    variant: str = option("layerwise", "RAIL-KD^l compares the layers pair by pair, RAIL-KD^c concatenates them first.",
-                          ["layerwise", "concat"])
-    mapping: str = option("random", "Which teacher layers teach: a sorted random draw (RAIL-KD), evenly spaced ones, the "
-                          "last ones, all of them weighted by attention, none (CE and KD only), or no teacher at all.",
+    # What to learn.
+    task: str | None = option(None, "'toy' (the default, made on the spot) or a GLUE task from the hub.", ["toy", *GLUE])
+    train_file: str | None = option(None, "Own CSV or JSON lines instead: columns sentence (or sentence1), perhaps sentence2, label.")
+    validation_file: str | None = option(None, "Own validation data with the same columns.")
+    eval_file: list[str] = option([], "Further files to score teacher and student on, say of another domain.", action="extend")
+    max_train_examples: int | None = option(None, "Use only the first so many training examples. Default: all; the toy makes 1000.")
+    max_length: int = option(128, "Cut longer inputs to this many tokens.")
+    # From whom, and who.
+    teacher: str | None = option(None, "Hub name or folder. Default: bert-base-uncased; for the toy, 12 layers made on the spot.")
+    teacher_epochs: int | None = option(None, "Epochs of fine-tuning for a teacher that has no trained classifier. Default: 3; toy 5.")
+    student_layers: int | None = option(None, "Cut a student of so many layers from the teacher. Default: a third of its layers.")
+    student: str | None = option(None, "Instead: hub name or folder of a student of any width, architecture and tokenizer.")
+    # How: the method.
+    mapping: str = option("random", "Teacher layers: a sorted random draw (RAIL-KD), evenly spaced (skip), the last, all weighted by "
+                          "attention, none (CE and KD only); or finetune, no teacher.",
                           ["random", "skip", "last", "attention", "none", "finetune"])
-    resample: str = option("epoch", "Draw a new random map for every epoch or for every step.", ["epoch", "step"])
+    variant: str = option("layerwise", "Compare pair by pair (RAIL-KD^l) or concatenated (RAIL-KD^c).", ["layerwise", "concat"])
+    resample: str = option("epoch", "Draw a new random map for each epoch or for each step.", ["epoch", "step"])
     include_last: bool = option(False, "Let the last layers of both sides take part in the map.")
+    projection_size: int = option(128, "Width u to which the pooled layers of both sides are projected.")
+    temperature: float = option(2.0, "Softens both output distributions in KD.")
     weights: list[float] = option([1 / 3] * 3, "The weights of CE, KD and RAIL; they must sum to 1.")
-    temperature: float | None = option(None, "Softens both output distributions in KD. Default: 2.")
-    projection_size: int = option(128, "Shared width u to which the pooled layers of both sides are projected.")
-    epochs: int | None = option(None, "Epochs of distillation. Default: 10; the toy 8.")
-    teacher_epochs: int | None = option(None, "Epochs of fine-tuning for a teacher without a classifier. Default: 3; the toy 5.")
+    # How: the training.
+    epochs: int | None = option(None, "Epochs of distillation. Default: 10; toy 8.")
     batch_size: int = option(32, "Examples in a step, over all processes together.")
-    learning_rate: float | None = option(None, "Peak learning rate of AdamW. Default: 5e-5; the toy 5e-4.")
-    warmup_ratio: float | None = option(None, "Share of the steps in which the learning rate rises; it falls linearly "
-                                        "after that. Default: 0; the toy 0.1.")
+    learning_rate: float | None = option(None, "Peak learning rate of AdamW. Default: 5e-5; toy 5e-4.")
+    warmup_ratio: float | None = option(None, "Share of the steps in which the rate rises; then it falls to 0. Default: 0; toy 0.1.")
     weight_decay: float = option(0.0, "Weight decay of AdamW.")
-    max_length: int = option(128, "Longer inputs are cut to this many tokens.")
-    max_train_examples: int | None = option(None, "Use the first so many training examples only. Default: all; the toy "
-                                            "makes 1000, and its teacher learns from 8 times as many.")
+    teacher_table: str = option("on", "Ask the teacher once, before the training (on), or again in each step (off).", ["on", "off"])
     seed: int = option(0, "Everything random comes from this number.")
-    device: str = option("auto", "Where to compute; auto takes CUDA, then MPS, then the CPU.", ["auto", "cuda", "mps", "cpu"])
-    precision: str = option("auto", "Number format of the forward pass; auto is fp32, but on CUDA bf16, or fp16 where the "
-                            "chip has no bf16 of its own.", ["auto", "fp32", "bf16", "fp16"])
+    # Where.
+    device: str = option("auto", "Where to compute; auto: CUDA, else MPS, else the CPU.", ["auto", "cuda", "mps", "cpu"])
+    precision: str = option("auto", "Of the forward pass; auto: fp32, but on CUDA bf16, or fp16 where the chip has no bf16 of its own.",
+                            ["auto", "fp32", "bf16", "fp16"])
     compile: bool = option(False, "Run the student through torch.compile.")
-    teacher_table: str = option("on", "Ask the teacher once before the training (on), or again in each step (off).",
-                                ["on", "off"])
-    output_dir: str | None = option(None, "Folder for the results; it must be new or empty. Default: a new one in runs/.")
-    resume: str | None = option(None, "Folder of an interrupted run to go on with, after its last finished epoch.")
+    output_dir: str | None = option(None, "Folder for the results, new or empty. Default: a new one in runs/.")
+    resume: str | None = option(None, "Folder of an interrupted run, to go on after its last finished epoch.")
 
     def resolve(self):
         """These settings with every default filled in and every value checked. Raises ValueError, one sentence."""
-        new = dataclasses.replace(self)
-        own_files = new.train_file or new.validation_file
+        new, own_files = dataclasses.replace(self), self.train_file or self.validation_file
         if own_files and new.task:
             raise ValueError(f"--task {new.task} and own files exclude each other: give one of them")
         if own_files and not (new.train_file and new.validation_file):
             raise ValueError("--train-file and --validation-file belong together: give both")
-        if not own_files:
-            new.task = new.task or "toy"
+        new.task = new.task or (None if own_files else "toy")
         for name, values in DEFAULTS.items():
             if getattr(new, name) is None:
                 setattr(new, name, values[new.task == "toy"])
         for field in dataclasses.fields(new):
-            value, choices = getattr(new, field.name), field.metadata.get("choices")
-            if choices and value is not None and value not in choices:
-                raise ValueError(f"--{field.name.replace('_', '-')} {value}: choose from {', '.join(choices)}")
-        # One rule a line: the lowest value and whether it may be reached. NaN fails every comparison, so it is refused.
-        for name, low, reached in [("projection_size", 1, True), ("epochs", 1, True), ("teacher_epochs", 1, True),
-                                   ("batch_size", 1, True), ("max_length", 4, True), ("max_train_examples", 1, True),
-                                   ("student_layers", 1, True), ("seed", 0, True), ("weight_decay", 0, True),
-                                   ("warmup_ratio", 0, True), ("learning_rate", 0, False), ("temperature", 0, False)]:
-            value = getattr(new, name)
-            if value is not None and not ((value >= low if reached else value > low) and value < math.inf):
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be {'at least' if reached else 'above'} {low}")
+            name, value, flag = field.name, getattr(new, field.name), f"--{field.name.replace('_', '-')}"
+            if value is None:
+                continue
+            if value not in field.metadata.get("choices", [value]):
+                raise ValueError(f"{flag} {value}: choose from {', '.join(field.metadata['choices'])}")
+            # Written so that NaN, which fails every comparison, is refused too.
+            if name in AT_LEAST and not AT_LEAST[name] <= value < math.inf:
+                raise ValueError(f"{flag} {value}: must be a number of at least {AT_LEAST[name]}")
+            if name in ABOVE and not ABOVE[name] < value < math.inf:
+                raise ValueError(f"{flag} {value}: must be a number above {ABOVE[name]}")
         if new.warmup_ratio >= 1:
             raise ValueError(f"--warmup-ratio {new.warmup_ratio}: must be below 1")
         if new.student and new.student_layers:
             raise ValueError("--student and --student-layers exclude each other: a named student has its own layers")
         if new.mapping == "attention" and new.variant == "concat":
-            raise ValueError("--mapping attention works with --variant layerwise only: a concatenation has no pairs to weigh")
+            raise ValueError("--mapping attention needs --variant layerwise: a concatenation has no pairs to weigh")
         objective_weights(new.mapping, new.weights)
         new.device, new.precision = resolve_device(new.device, new.precision)
-        # Last, because it is the only check that looks at the disk. A resumed run writes where it wrote before.
-        if not new.resume:
-            if new.output_dir is None:
-                what = [new.task or Path(new.train_file).stem, new.mapping, *([new.variant] if new.mapping == "random" else []),
-                        f"seed{new.seed}", time.strftime("%Y%m%d-%H%M%S")]
-                new.output_dir = str(Path("runs") / "-".join(what))
-            folder = Path(new.output_dir)
+        if not new.resume:  # a resumed run writes where it wrote before
+            kind = [new.mapping, new.variant] if new.mapping == "random" else [new.mapping]
+            name = "-".join([new.task or Path(new.train_file).stem, *kind, f"seed{new.seed}", time.strftime("%Y%m%d-%H%M%S")])
+            folder = Path(new.output_dir or Path("runs") / name)
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise ValueError(f"--output-dir {folder} is in use: nothing is ever overwritten, so name a new folder")
-            home = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+            home = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
             if not home.is_dir() or not os.access(home, os.W_OK):
                 raise ValueError(f"--output-dir {folder}: {home} is not a folder that can be written to")
+            new.output_dir = str(folder)
         return new
 
 
@@ -225,10 +224,104 @@ def resolve_device(device, precision):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Data
+# 2. Tools
 # ---------------------------------------------------------------------------------------------------------------------
-# Every source ends as a `datasets.Dataset` with the columns sentence1, sometimes sentence2, and label. The label column
-# knows its own type: ClassLabel with the names of the classes, or a float for a regression. Nothing else is carried around.
+# Printing, and writing files so that they appear whole or not at all. On a first reading, skip to section 3.
+
+def quiet():
+    """Switches off what the libraries say about things that a user can't change; their errors still come through."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # The schedule counts a step that fp16 scaling had to skip; a handful of such steps at the start does no harm.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+
+
+def processes():
+    """(rank, world): (0, 1) for one process, and what torchrun says for several. A first reader can skip what uses it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier():
+    """Waits until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def say(text="", file=None):
+    """Prints, in one process of all (also before they have joined)."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text, file=file or sys.stdout)
+        (file or sys.stdout).flush()
+
+
+def progress(iterable, text, total):
+    """A progress bar that disappears when it is done; none where the output is not a terminal."""
+    return tqdm(iterable, text, total, leave=False, disable=True if processes()[0] else None, dynamic_ncols=True)
+
+
+@contextlib.contextmanager
+def whole(path, owner=""):
+    """Yields a temporary path; the file or folder written there appears as `path` whole, or not at all.
+
+    Every process enters, process 0 writes (or all of them share the work), and all leave when it is there. A folder that is
+    there already stays: it was whole. A full disk or a crash leaves what was at `path` before. Raises OSError.
+    """
+    part, rank = path.with_name(f"{path.name}{owner}.part"), processes()[0]
+
+    def remove():
+        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+
+    try:
+        if rank == 0:
+            remove()  # what a killed process left
+        yield part
+        barrier()
+        if rank == 0:
+            for file in [part] if part.is_file() else part.rglob("*"):
+                with open(file, "r+b") as written:
+                    os.fsync(written.fileno())  # first all bytes reach the disk, then the name changes, in one step
+            remove() if path.is_dir() else os.replace(part, path)
+        barrier()
+    except (OSError, SafetensorError) as error:
+        remove()
+        raise OSError(f"{path} could not be written ({first_line(error)}); what was there before is unchanged") from error
+    except BaseException:
+        remove()
+        raise
+
+
+def save_json(path, content):
+    """Writes a JSON file whole or not at all."""
+    with whole(path) as part:
+        if processes()[0] == 0:
+            part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def first_line(error):
+    """An exception's first line of text, for a message of one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def human_bytes(size):
+    """1234567 -> '1.2 MB'."""
+    power = min(int(math.log10(max(size, 1))) // 3, 4)
+    return f"{size / 1000 ** power:.1f} {['B', 'kB', 'MB', 'GB', 'TB'][power]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Data
+# ---------------------------------------------------------------------------------------------------------------------
+# Every source (the toy, GLUE, own files) ends as a `datasets.Dataset` with the columns sentence1, sometimes sentence2, and
+# label. The label column knows its own type: a ClassLabel with the names of the classes, or a float for a regression. So
+# nothing else about the task has to be carried around.
+#
+# The toy exists so that the method can be seen at work in two minutes without a network. It tells the story that distillation
+# is for: somebody had 8,000 carefully labelled sentences and trained a large model on them. You have that model, 1,000 other
+# sentences, and labels of which a fifth is wrong. What the model thinks of your sentences is worth more than your labels.
 
 TOPICS = "acting plot music ending dialogue cast pacing script humour story".split()
 ADJECTIVES = ["dull clumsy stale silly cold weak tedious messy".split(),         # label 0, negative
@@ -244,7 +337,15 @@ def toy_sentences(seed, sizes):
 
     Most sentences have two clauses, each with an adjective, often a degree or a negation: "Although the plot is very clever,
     the acting is hardly moving." The main clause decides (here: negative). Which one that is depends on the word order, and
-    what it says on its negation, so counting words says little: a reader has to combine. All sentences differ.
+    what it says on its negation, so counting words says little: a reader has to combine. All sentences differ, so none of the
+    validation set can have been trained on. A fifth of them has one clause only: a stepping stone, without which a deep model
+    that starts from random weights often finds nothing to hold on to.
+
+    Args:
+        seed: the sentences depend on it alone.
+        sizes: how many sentences each Dataset shall have.
+    Returns:
+        List of Datasets with the columns sentence1 (text) and label (ClassLabel: negative, positive).
     """
     rng = np.random.default_rng([seed, 0x7071])
     found = {}  # sentence -> label; a dict keeps the order and drops repeats
@@ -266,7 +367,10 @@ def toy_sentences(seed, sizes):
 def read_file(path):
     """A CSV or JSON-lines file -> Dataset with the columns sentence1, perhaps sentence2, and label as the file has it.
 
-    Raises ValueError, in one sentence, for a file that is missing, empty, unreadable or without the right columns.
+    The columns are those that Hugging Face's own examples use. Further columns are ignored.
+
+    Raises:
+        ValueError: a file that is missing, empty, unreadable or not UTF-8, has not the right columns, or lacks a text or label.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: there is no such file")
@@ -298,7 +402,11 @@ def read_file(path):
 def set_labels(data, feature, source):
     """`data` with its label column turned into `feature` (a ClassLabel, or a float Value for a regression).
 
-    Classes are found by their name; by their number too, where the names are not numbers themselves. Raises ValueError.
+    Classes are found by their name; by their number too, where the names are not numbers themselves. So a file with the labels
+    0 and 1 can be scored by a model that was trained on GLUE's "negative" and "positive".
+
+    Raises:
+        ValueError: a label that is unknown, or a name where numbers are needed. `source` is what the message calls the data.
     """
     labels = list(data["label"])
     if isinstance(feature, datasets.ClassLabel):
@@ -314,13 +422,25 @@ def set_labels(data, feature, source):
     return data.remove_columns("label").add_column("label", labels).cast_column("label", feature)
 
 
+def match(data, train, source):
+    """`data` with the label type of the training data; it must have the same text columns. Raises ValueError."""
+    if data.column_names != train.column_names:
+        raise ValueError(f"{source}: has the columns {', '.join(data.column_names)} and the training data {', '.join(train.column_names)}")
+    return set_labels(data, train.features["label"], source)
+
+
 def load_task(settings, for_teacher=False):
     """(training Dataset, {name: validation Dataset}): columns sentence1, perhaps sentence2, label; text not yet encoded.
 
     MNLI has two validation sets, "matched" and "mismatched"; elsewhere the one name is "". GLUE's test split is never
-    touched: its labels are all -1. The toy tells a story with two training sets: the teacher learned from many sentences with
-    the right labels (`for_teacher`); the student has other ones, an eighth as many, and one label in five is wrong.
-    Raises ValueError for data that cannot be had or makes no sense.
+    touched: its labels are all -1, and a score on them is a number without a meaning. The toy has two training sets: the
+    teacher's (`for_teacher`), and the student's, an eighth as many other sentences, one label in five wrong.
+
+    Args:
+        settings: `Settings`; task, train_file, validation_file, max_train_examples and, for the toy, seed count.
+        for_teacher: the toy only: the training set of the teacher instead.
+    Raises:
+        ValueError: the hub is out of reach, a file can't be used, labels are unknown or of one class only.
     """
     limit = settings.max_train_examples
     if settings.task == "toy":
@@ -353,7 +473,7 @@ def load_task(settings, for_teacher=False):
         else:  # numbers in the order of numbers, names in that of the alphabet
             feature = datasets.ClassLabel(names=[str(value) for value in sorted(values)])
         train = set_labels(train, feature, source)
-        validation = {"": set_labels(read_file(settings.validation_file), feature, settings.validation_file)}
+        validation = {"": match(read_file(settings.validation_file), train, settings.validation_file)}
     return (train.select(range(min(limit, len(train)))) if limit else train), validation
 
 
@@ -362,6 +482,11 @@ def encode(data, tokenizer, model, max_length):
 
     A pair is encoded as a pair, so that the tokenizer puts its separator between the two. Columns that the model's forward
     does not know (a DistilBERT has no token_type_ids) are left out.
+
+    Args:
+        data: Dataset with sentence1, perhaps sentence2, and label.
+        tokenizer, model: of the same side; the tokens are for this model.
+        max_length: inputs are cut to so many tokens, or fewer if the tokenizer says that the model can't take them.
     """
     length = min(max_length, tokenizer.model_max_length)
     texts = [name for name in ("sentence1", "sentence2") if name in data.column_names]
@@ -376,7 +501,15 @@ def length_batches(data, batch_size, generator=None):
 
     Attention costs what the longest sentence of a batch costs; padding every batch to --max-length would waste four fifths
     of the work on sentences of 25 tokens. Without a generator, all rows by length: for passes in which the order is free.
-    With one, the library's mix of randomness and length, and the batches shuffled, since it hands them out longest first.
+    With one, the library's mix of randomness and length: it shuffles all rows, sorts fifty batches' worth at a time and cuts
+    them. It hands the batches out longest first, so they are shuffled once more.
+
+    Args:
+        data: encoded Dataset of N rows; the length of input_ids counts.
+        batch_size: B.
+        generator: torch.Generator, the only source of randomness; or None.
+    Returns:
+        List of lists of row numbers.
     """
     lengths = [len(row) for row in data["input_ids"]]
     if generator is None:
@@ -396,6 +529,11 @@ def batches_on(device, data, tokenizer, row_batches):
 
     A batch is padded to its own longest sentence. On CUDA two workers pad the coming batches while the GPU computes, and
     the copy from pinned memory does not make the CPU wait.
+
+    Args:
+        device: where the tensors shall lie.
+        data, tokenizer: encoded Dataset, and what pads it.
+        row_batches: list of lists of row numbers, as `length_batches` makes them.
     """
     cuda = torch.device(device).type == "cuda"
     # A generator of its own: else each new loader draws a number from the global one, and dropout would depend on how often
@@ -408,8 +546,11 @@ def batches_on(device, data, tokenizer, row_batches):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Teacher and student
+# 4. Teacher and student
 # ---------------------------------------------------------------------------------------------------------------------
+# Any classifier of transformers can teach. The student is cut from its teacher (BERT-base, 12 layers of width 768, 110 million
+# parameters, gives a 4-layer student of 53 million, of which 24 million are the embeddings), or it is another model altogether:
+# another width, architecture, even another tokenizer, since only one vector a sentence and layer is ever compared.
 
 def toy_teacher(seed, num_layers=12):
     """(model, tokenizer): an untrained 12-layer BERT of width 64 and a tokenizer of whole words for the toy's language.
@@ -438,8 +579,15 @@ def toy_teacher(seed, num_layers=12):
 def load_classifier(name, feature, role):
     """(model, tokenizer, trained) from a hub name or a folder; `trained` tells whether it came with a trained classifier.
 
-    `feature` is the type of the data's label column, `role` ("teacher" or "student") the word for messages. Raises
-    ValueError where nothing can be loaded, and for a trained teacher with another number of classes than the data has.
+    An encoder that was only pretrained has no classifier. transformers then makes a new one and says which weights it had to
+    invent: those are the `missing_keys`.
+
+    Args:
+        name: what `from_pretrained` takes.
+        feature: the type of the data's label column: it says how many outputs there are and what they are called.
+        role: "teacher" or "student". A student may have been trained for other classes: it gets a new classifier.
+    Raises:
+        ValueError: nothing can be loaded, or a trained teacher has another number of classes than the data.
     """
     try:  # code from the hub is never run (no trust_remote_code), and weights are safetensors or read with weights_only
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -484,35 +632,46 @@ def evenly_spaced(num_teacher_layers, num_student_layers):
 
 
 def build_student(teacher, num_layers):
-    """A student cut from its teacher: same configuration with `num_layers` layers, weights copied, nothing shared.
+    """A student cut from its teacher: the same configuration with `num_layers` layers, weights copied, nothing shared.
 
     Embeddings and classifier are copied as they are, student layer i from the evenly spaced teacher layer round(i * n / m):
-    the layer that also teaches it on average. That choice is this reference's. Raises ValueError for more layers than the
-    teacher has, and for architectures whose layers can't be told apart (ALBERT's are all the same one).
+    the layer that will also teach it, on average (see `sample_layer_map`). So each student layer starts where it shall stay,
+    and the last one feeds the classifier as the teacher's last one does. Which layers to copy is this reference's choice.
+
+    Args:
+        teacher: a transformers model for sequence classification with n layers in one nn.ModuleList.
+        num_layers: m, from 1 to n.
+    Returns:
+        A model of the same class, in train mode, with gradients, on the CPU.
+    Raises:
+        ValueError: more layers than the teacher has, or an architecture whose layers can't be told apart or differ by design
+            (ALBERT's twelve layers are one layer used twelve times).
     """
-    n = teacher.config.num_hidden_layers
+    n, kind = teacher.config.num_hidden_layers, type(teacher)
     if not 1 <= num_layers <= n:
         raise ValueError(f"a student of {num_layers} layers can't be cut from a teacher of {n}: choose 1 to {n}")
-    stacks = [name for name, part in teacher.named_modules() if isinstance(part, nn.ModuleList) and len(part) == n]
-    if not stacks:
-        raise ValueError(f"can't tell the layers of a {type(teacher).__name__} apart; name a --student instead")
+    stack = next((name for name, part in teacher.named_modules() if isinstance(part, nn.ModuleList) and len(part) == n), None)
+    if stack is None:
+        raise ValueError(f"can't tell the layers of a {kind.__name__} apart; name a --student instead")
     kept = evenly_spaced(n, num_layers) - 1  # layers count from 1 in the paper and here, positions in a ModuleList from 0
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):  # where layers differ by design, each keeps its design
         config.layer_types = [config.layer_types[i] for i in kept]
-    student = type(teacher)(config)
-    stack, weights = stacks[0] + ".", teacher.state_dict()
-    copied = {key: value for key, value in weights.items() if not key.startswith(stack)}
-    for new, old in enumerate(kept):
-        copied |= {f"{stack}{new}.{key.removeprefix(f'{stack}{old}.')}": value
-                   for key, value in weights.items() if key.startswith(f"{stack}{old}.")}
+    copied = {}
+    for key, tensor in teacher.state_dict().items():
+        if not key.startswith(f"{stack}."):
+            copied[key] = tensor                                        # for example bert.embeddings.word_embeddings.weight
+            continue
+        old, rest = key.removeprefix(f"{stack}.").split(".", 1)         # for example "5", "attention.self.query.weight"
+        if int(old) in kept:
+            copied[f"{stack}.{kept.tolist().index(int(old))}.{rest}"] = tensor
+    student = kind(config)
     try:
-        student.load_state_dict(copied)  # strict: a name left over or missing is an error
+        student.load_state_dict(copied)  # strict: a weight that is left over or missing is an error
     except RuntimeError as error:
-        raise ValueError(f"the layers of a {type(teacher).__name__} differ too much to cut a student from it; name a --student "
-                         "instead") from error
-    return student
+        raise ValueError(f"the layers of a {kind.__name__} differ too much to cut a student; name a --student instead") from error
+    return student.train()
 
 
 def freeze(teacher):
@@ -521,8 +680,17 @@ def freeze(teacher):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. The random map
+# 5. The random map
 # ---------------------------------------------------------------------------------------------------------------------
+# Three facts about the draw, which the tests and the notebook check:
+#
+#   On average it is the evenly spaced map. The i-th smallest of k uniform draws from 1..n-1 has the mean i * n / (k+1) = i * n / m:
+#   for 12 -> 4 the layers 3, 6, 9. That is the map that PKD (Sun et al. 2019) calls "skip"; RAIL-KD is skip with noise around it.
+#
+#   All layers teach. A candidate is left out of one epoch with the probability 1 - k/(n-1), of E epochs with that to the power E:
+#   for 12 -> 4, 72.7 % after one epoch, 20.3 % after 5, 4.1 % after 10. A fixed map leaves the same 8 of 11 out for ever.
+#
+#   It costs nothing. However many layers the teacher has, a step pays for k pairs.
 
 def sample_layer_map(num_teacher_layers, num_student_layers, rng, include_last=False):
     """RAIL-KD's draw: the teacher layers that teach student layers 1, 2, ..., k in this epoch.
@@ -558,9 +726,18 @@ def sample_layer_map(num_teacher_layers, num_student_layers, rng, include_last=F
 def choose_layers(settings, num_teacher_layers, num_student_layers, epoch, step=0):
     """The teacher layers for one step, as `--mapping` says: int array (k,), or all candidates (n-1,) for attention, or None.
 
-    Only the map changes between the methods. With `skip` and `last` these are the maps of PKD (Sun et al. 2019), not its
-    full recipe. The random map depends on (seed, epoch) alone (on the step too with `--resample step`), so a run that is
-    resumed, or shares a machine, or sees other data, draws the same layers.
+    Only the map changes between the methods; pooling, projection and loss stay, so that a comparison isolates the map. `skip`
+    and `last` are the maps of PKD (Sun et al. 2019), `attention` is that of ALP-KD (Passban et al. 2021), not their full recipes.
+
+    The random map depends on (seed, epoch) alone, and on the step with `--resample step`. A generator that was drawn from all
+    along would make the map depend on how many draws came before: a resumed run would continue with other layers.
+
+    Args:
+        settings: `Settings`; mapping, resample, include_last and seed count.
+        num_teacher_layers, num_student_layers: n and m.
+        epoch, step: counted from 1 and from 0.
+    Raises:
+        ValueError: as `sample_layer_map`, also for the fixed maps.
     """
     n, m, last = num_teacher_layers, num_student_layers, settings.include_last
     if settings.mapping in ("none", "finetune"):
@@ -573,8 +750,21 @@ def choose_layers(settings, num_teacher_layers, num_student_layers, epoch, step=
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. The losses
+# 6. The losses
 # ---------------------------------------------------------------------------------------------------------------------
+# Shapes on the way from two models to one number, for layer-wise RAIL-KD:
+#
+#   student:  k layers (B, L, d_s)  -- mean over real tokens -->  (B, k, d_s)  -- student_proj -->  (B, k, u)  -- / norm -->  s
+#   teacher:  k layers (B, L, d_t)  -- mean over real tokens -->  (B, k, d_t)  -- teacher_proj -->  (B, k, u)  -- / norm -->  t
+#
+#   RAIL = mean over the batch of  sum_i a_i * || s_i - t_i ||^2,  with a_i = 1/k
+#
+# Between unit vectors || s - t ||^2 = 2 - 2 cos(s, t), so the loss lies between 0 (same direction) and 4 (opposite), and 2 means
+# unrelated. A low value is no proof of learning: both maps are trained, so the loss also falls when both send every sentence in
+# the same direction. The notebook measures how far that goes.
+#
+# The five core functions of the method (with `sample_layer_map` above) stand between BEGIN and END SOLUTION, so that a course can
+# blank them out; see the README. Each can be lifted into another file as it stands.
 
 def mean_pool(hidden_states, attention_mask):
     """One vector a sentence: the mean of a layer's output over the real tokens.
@@ -723,11 +913,20 @@ def label_loss(logits, labels):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Asking the teacher
+# 7. Asking the teacher
 # ---------------------------------------------------------------------------------------------------------------------
-# All that RAIL-KD ever wants of the teacher is its logits and its pooled layer outputs, and a frozen teacher answers the same
-# in every epoch. So it is asked once; its answers are two arrays on disk, and a step reads the few numbers that it needs. Only
-# sentence vectors are compared, so the teacher may have another tokenizer than the student.
+# All that RAIL-KD ever wants of the teacher is its logits and its pooled layer outputs, and a frozen teacher answers the same in
+# every epoch. So it is asked once. Its answers are two arrays on disk, and a step reads the few rows and layers that it needs:
+#
+#   logits.npy  (N, C)           float32
+#   pooled.npy  (N, n-1, d_t)    float16, layer j in column j-1
+#
+# What that saves: a training step costs about three forward passes of the student (one forward, two for the backward pass), and
+# the live teacher, n/m times as deep, adds n/m passes to it in every step of every epoch. With the table it adds them once. Other
+# mappings, variants, seeds and students find the table again, and it does not matter what tokenizer the student has.
+#
+# `ask(rows, layers)` is the interface: row numbers of the training data in, logits (B, C) and pooled layers (B, k, d_t) out. There
+# are two that the loop can't tell apart: `table_teacher` and `live_teacher`.
 
 def autocast(device, precision):
     """The context for a forward pass in bf16 or fp16; it changes nothing in fp32."""
@@ -742,7 +941,14 @@ def inputs_of(batch):
 
 @torch.no_grad()  # not inference_mode: the projection's backward pass must be able to keep these tensors
 def teacher_answers(teacher, batch, layers, precision="fp32"):
-    """Logits (B, C) and the pooled outputs (B, k, d_t) of `layers`, counted from 1; None for the latter if layers is None."""
+    """What the teacher says about a batch: logits (B, C) and the pooled outputs (B, k, d_t) of some layers, both in float32.
+
+    Args:
+        teacher: a frozen model, see `freeze`.
+        batch: {input_ids (B, L), attention_mask (B, L), ...}; labels are not looked at.
+        layers: layer numbers, counted from 1, or None: then no hidden states are kept, and None comes back for them.
+        precision: "fp32", "bf16" or "fp16", of the forward pass.
+    """
     with autocast(teacher.device, precision):
         output = teacher(**inputs_of(batch), output_hidden_states=layers is not None)
     return output.logits.float(), (None if layers is None else
@@ -760,8 +966,12 @@ def live_teacher(teacher, data, tokenizer, precision):
 def table_teacher(folder, device):
     """ask(rows, layers) -> (logits (B, C), pooled (B, k, d_t)), looked up in a teacher table.
 
-    The files are mapped anew for each look-up, which takes a tenth of a millisecond. A map that stayed open would slowly
-    count the whole table as this process's memory.
+    The files are mapped anew for each look-up, which takes a fraction of a millisecond. With a map that stayed open, all pages
+    that were ever touched would count as this process's memory: in the end, the whole table.
+
+    Args:
+        folder: of logits.npy (N, C) and pooled.npy (N, n-1, d_t).
+        device: where the answers shall lie.
     """
     def move(array):
         tensor = torch.from_numpy(np.ascontiguousarray(array))
@@ -781,7 +991,8 @@ def table_teacher(folder, device):
 def fingerprint(teacher, data, *more):
     """16 hex digits that change with the teacher's weights and with what it is shown: its tokenizer, the data, their length.
 
-    The token numbers stand for those three. The labels do not count: the teacher does not see them.
+    The token numbers stand for those three. The labels do not count, since the teacher does not see them: a copy of the data
+    with other labels shares the table. `more` is whatever else makes the answers different.
     """
     digest = hashlib.sha256(repr((type(teacher).__name__, teacher.config.num_attention_heads, more)).encode())
     for name, tensor in teacher.state_dict().items():
@@ -792,14 +1003,18 @@ def fingerprint(teacher, data, *more):
     return digest.hexdigest()[:16]
 
 
-def write_teacher_table(teacher, data, tokenizer, settings, home):
-    """Asks the teacher once about every example. Returns the folder that holds logits.npy (N, C) and pooled.npy (N, k', d_t).
+def find_or_write_table(teacher, data, tokenizer, settings, home):
+    """The folder of the teacher table: logits.npy (N, C) and pooled.npy (N, n-1, d_t), or (N, n, d_t) with --include-last.
 
-    k' = n-1 candidate layers (n with --include-last). It lies in `home`; a table that an earlier run made of the same teacher
-    and data, there or in a run's folder beside this one, is used as it is. A folder with the final name is always
-    whole, see `whole`. Raises ValueError for too little disk, before the pass starts, and for a teacher that answers NaN.
+    It lies in `home`. A table that an earlier run made of the same teacher and data, there or in the folder of a run beside
+    this one, is used as it is: a folder with the final name is always whole, see `whole`. Otherwise the teacher is asked, once
+    about each example. Several processes share that work. Memory does not grow with the table: a batch of rows is written and
+    forgotten, so MNLI with a 24-layer teacher of width 1024, a table of 18 GB, is made on a machine of 16 GB.
+
+    Raises:
+        ValueError: too little disk, before the pass starts, or a teacher that answers NaN or infinity.
     """
-    n, run_folder = teacher.config.num_hidden_layers, Path(settings.output_dir)
+    n, run_folder, (rank, world) = teacher.config.num_hidden_layers, Path(settings.output_dir), processes()
     layers = np.arange(1, n + 1 if settings.include_last else n)
     name = f"table-{fingerprint(teacher, data, len(layers), settings.precision)}"
     for folder in [home / name, *sorted(run_folder.absolute().parent.glob(f"*/{name}"))]:
@@ -807,150 +1022,94 @@ def write_teacher_table(teacher, data, tokenizer, settings, home):
             say(f"teacher table: found {folder}, so the teacher is not asked again")
             return folder
     batches = length_batches(data, 64)
-    (_, batch), = batches_on(teacher.device, data, tokenizer, batches[:1])
+    (_, batch), = batches_on(teacher.device, data, tokenizer, batches[:1])  # one batch tells C and d_t
     logits, pooled = teacher_answers(teacher, batch, layers, settings.precision)
-    rank, world = processes()
+    shapes = {"logits": (len(data), *logits.shape[1:]), "pooled": (len(data), *pooled.shape[1:])}
     with whole(home / name, f".{run_folder.name}") as part:
         # Half precision is enough for vectors that will be normalised, unless a layer's output does not fit its range.
-        for kind in (np.float16, np.float32):
-            shapes = {"logits": (len(data), *logits.shape[1:]), "pooled": (len(data), *pooled.shape[1:])}
-            kinds = {"logits": np.float32, "pooled": kind}
-            size = sum(math.prod(shapes[key]) * np.dtype(kinds[key]).itemsize for key in shapes)
+        for half in (np.float16, np.float32):
+            kinds = {"logits": np.dtype(np.float32), "pooled": np.dtype(half)}
             if rank == 0:
-                free = shutil.disk_usage(home).free
-                say(f"teacher table: {len(data):,} examples x {len(layers)} layers x {pooled.shape[2]} -> "
-                    f"{human_bytes(size)} in {home / name}")
+                size, free = sum(math.prod(shapes[key]) * kinds[key].itemsize for key in shapes), shutil.disk_usage(home).free
+                say(f"teacher table: {len(data):,} examples x {len(layers)} layers x {pooled.shape[2]} -> {human_bytes(size)} in {home / name}")
                 if size > free:
                     raise ValueError(f"the teacher table needs {human_bytes(size)} and {home} has {human_bytes(free)} free; make "
                                      "room, or ask the teacher in each step with --teacher-table off")
                 part.mkdir(exist_ok=True)
-                for key, shape in shapes.items():
-                    np.lib.format.open_memmap(part / f"{key}.npy", "w+", kinds[key], shape)
-                    if hasattr(os, "posix_fallocate"):  # a disk that fills up says so now, not by a bus error in the middle
+                for key in shapes:
+                    np.lib.format.open_memmap(part / f"{key}.npy", "w+", kinds[key], shapes[key])
+                    if hasattr(os, "posix_fallocate"):  # a disk that fills up says so here, and not by a crash in the middle
                         with open(part / f"{key}.npy", "r+b") as file:
                             os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
             barrier()
-            largest = torch.zeros((), device=teacher.device)
-            for rows, batch in progress(batches_on(teacher.device, data, tokenizer, batches[rank::world]), "asking the teacher",
-                                        len(batches[rank::world])):
+            largest, share = torch.zeros((), device=teacher.device), batches[rank::world]
+            for rows, batch in progress(batches_on(teacher.device, data, tokenizer, share), "asking the teacher", len(share)):
                 logits, pooled = teacher_answers(teacher, batch, layers, settings.precision)
-                largest = torch.maximum(largest, pooled.abs().max()) + 0 * logits.sum()  # keeps the NaN of either
+                largest = torch.maximum(largest, pooled.abs().max()) + 0 * logits.sum()  # NaN and infinity of both stay in it
                 for key, values in (("logits", logits), ("pooled", pooled)):
-                    np.load(part / f"{key}.npy", mmap_mode="r+")[rows] = values.cpu().numpy().astype(kinds[key])  # may overflow: seen below
+                    with np.errstate(over="ignore"):
+                        np.load(part / f"{key}.npy", mmap_mode="r+")[rows] = values.cpu().numpy().astype(kinds[key])
             if world > 1:
                 dist.all_reduce(largest, dist.ReduceOp.MAX)
             if not torch.isfinite(largest):
-                raise ValueError("the teacher's answers contain NaN or infinity: the teacher is broken")
-            if largest <= np.finfo(kind).max:
+                raise ValueError("the teacher's answers contain NaN or infinity: its weights are broken")
+            if largest <= np.finfo(half).max:
                 break
     return home / name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. The loop
+# 8. The loop
 # ---------------------------------------------------------------------------------------------------------------------
-
-def processes():
-    """(rank, world): (0, 1) for one process, and what torchrun says for several. A first reader can skip what uses it."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def barrier():
-    """Waits until every process is here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def say(text="", file=None):
-    """Prints, in one process of all (also before they have joined)."""
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(text, file=file or sys.stdout)
-        (file or sys.stdout).flush()
-
-
-def progress(iterable, text, total):
-    """A progress bar that disappears when it is done; none where the output is not a terminal."""
-    return tqdm(iterable, text, total, leave=False, disable=True if processes()[0] else None, dynamic_ncols=True)
-
-
-@contextlib.contextmanager
-def whole(path, owner=""):
-    """Yields a temporary path; the file or folder written there appears as `path` whole, or not at all.
-
-    Every process enters, process 0 writes (or all of them share the work), and all leave when it is there. A folder that is
-    there already stays: it was whole. A full disk or a crash leaves what was at `path` before. Raises OSError.
-    """
-    part, rank = path.with_name(f"{path.name}{owner}.part"), processes()[0]
-
-    def remove():
-        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
-
-    try:
-        if rank == 0:
-            remove()  # what a killed process left
-        yield part
-        barrier()
-        if rank == 0:
-            for file in [part] if part.is_file() else part.rglob("*"):
-                with open(file, "r+b") as written:
-                    os.fsync(written.fileno())  # first all bytes reach the disk, then the name changes, in one step
-            remove() if path.is_dir() else os.replace(part, path)
-        barrier()
-    except (OSError, SafetensorError) as error:
-        remove()
-        raise OSError(f"{path} could not be written ({first_line(error)}); what was there before is unchanged") from error
-    except BaseException:
-        remove()
-        raise
-
-
-def save_json(path, content):
-    """Writes a JSON file whole or not at all."""
-    with whole(path) as part:
-        if processes()[0] == 0:
-            part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
+# A step, in the order in which it happens: a batch of similar lengths; the student's forward pass; CE against the labels; the
+# teacher's answers for these rows; KD against its logits; RAIL against the layers that this epoch's map names; the weighted sum;
+# backward; AdamW on the student and the two projections. The rest of `train` is about speed, resuming and several processes, and
+# says so where it stands.
 
 def train(model, data, tokenizer, settings, validate, state_file, ask=None, rail=None,
           num_teacher_layers=None, report=lambda history: None):
-    """Trains `model` (in place) and returns the history, a list with one dict for each epoch.
+    """Trains `model` in place and returns the history: a list with one dict for each epoch.
 
-    One loop for everything: with `ask` it distils, without it (`finetune`) it learns from the labels alone, which is also how
-    a teacher is fine-tuned. What is random in an epoch (map, order, dropout) is seeded by (seed, epoch), and the state is
-    written at the end of each epoch. So a run that was killed ends where it would have ended, bit for bit on a CPU.
+    One loop for everything. With `ask` it distils; without it, it learns from the labels alone, which is the baseline
+    `finetune` and also how a teacher is fine-tuned. All that is random in an epoch (map, order, dropout) is seeded by
+    (seed, epoch), and the state is written at the end of each epoch. So a run that was killed and is resumed ends where it
+    would have ended: on a CPU bit for bit.
 
     Args:
-        model: the student; moved to no device, it is where it shall stay.
+        model: the student, on its device.
         data, tokenizer: encoded training data (N examples), and what pads it.
-        settings: resolved `Settings`; their mapping, weights, temperature, epochs, batch size, learning rate, seed, ... count.
-        validate: function of no arguments that returns the validation metrics of `model`.
-        state_file: where the state lies; if it is there already, training goes on from it.
-        ask: ask(rows, layers) -> (teacher logits (B, C), pooled layers (B, k, d_t)), or None.
-        rail: a RailLoss, or None where the mapping has no intermediate loss.
+        settings: resolved `Settings`. Mapping, weights, temperature, epochs, batch size, learning rate, seed and precision count.
+        validate: a function of no arguments that returns the validation metrics of `model`.
+        state_file: where the state is kept. If it is there already, the training goes on from it.
+        ask: ask(rows, layers) -> teacher logits (B, C) and pooled layers (B, k, d_t), see section 7; or None.
+        rail: a `RailLoss` on the same device, or None where the mapping has no intermediate loss.
         num_teacher_layers: n, needed with `ask`.
-        report: called with the history after each epoch.
+        report: a function that gets the history after each epoch.
     Raises:
-        FloatingPointError: a loss became NaN or infinite.
+        FloatingPointError: a loss became NaN or infinite. The state of the epochs before is kept.
     """
-    (rank, world), device = processes(), model.device
-    m = model.config.num_hidden_layers
+    (rank, world), device, m = processes(), model.device, model.config.num_hidden_layers
     student_layers = range(1, m + 1 if settings.include_last else m)
     weights = objective_weights(settings.mapping, settings.weights)
-    trained = nn.ModuleList([model] if rail is None else [model, rail])  # the projections are trained with the student
     num_steps = math.ceil(len(data) / settings.batch_size)
-    # fused: one kernel updates all weights; on two CPU cores a fifth of the time of the plain loop over tensors.
+
+    # What is trained, and everything that changes while it is. The projections of RailLoss are trained with the student. `fused`
+    # updates all weights in one kernel: on two CPU cores a fifth of the time of a loop over the tensors. In fp16 small gradients
+    # would underflow to zero, so the scaler multiplies the loss before backward and divides the gradients after it.
+    trained = nn.ModuleList([model] if rail is None else [model, rail])
     optimizer = torch.optim.AdamW(trained.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay,
                                   fused=device.type in ("cpu", "cuda"))
     schedule = transformers.get_linear_schedule_with_warmup(
         optimizer, round(settings.warmup_ratio * num_steps * settings.epochs), num_steps * settings.epochs)
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")  # fp16 gradients would underflow to 0
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
     parts, history = {"trained": trained, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}, []
     if state_file.exists():
-        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        state = torch.load(state_file, map_location="cpu", weights_only=True)  # never runs code that a file brings along
         history = state["history"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    # `forward` and `rail_forward` compute what model and rail compute; compiled, and with gradients averaged over processes.
+
+    # The same two modules, perhaps with gradients averaged over processes, perhaps compiled. Validation uses the bare model.
     forward, rail_forward = model, rail
     if world > 1:
         devices = [device.index] if device.type == "cuda" else None
@@ -962,27 +1121,27 @@ def train(model, data, tokenizer, settings, validate, state_file, ask=None, rail
     for epoch in range(len(history) + 1, settings.epochs + 1):
         start = time.perf_counter()
         seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
-        torch.manual_seed(seed + rank)  # dropout: each process its own
-        row_batches = length_batches(data, settings.batch_size, torch.Generator().manual_seed(seed))
-        # Process r takes every world-th row of each batch. If it gets none, it computes one row with weight 0, since all
-        # processes must take part in each step. The weight makes the average over processes the mean over the whole batch.
-        mine = [rows[rank::world] or rows[:1] for rows in row_batches]
-        share = [len(rows[rank::world]) * world / len(rows) for rows in row_batches]
-        losses = torch.zeros(num_steps, 4, device=device)  # stays on the device: reading a number would make the CPU wait
+        torch.manual_seed(seed + rank)  # for dropout: each process its own
+        batches = length_batches(data, settings.batch_size, torch.Generator().manual_seed(seed))
+        # Of W processes, number r takes every W-th row of each batch. All must take part in every step, so one that gets no row
+        # computes some row with weight 0. DistributedDataParallel averages over processes; the shares make that average the mean
+        # over the whole batch, also where the rows can't be shared evenly. With one process every share is 1.
+        mine = [rows[rank::world] or rows[:1] for rows in batches]
+        share = [len(rows[rank::world]) * world / len(rows) for rows in batches]
+        # The losses of each step stay on the device. Reading a number makes the CPU wait for the GPU, in every step.
+        losses = torch.zeros(num_steps, 4, device=device)
         model.train()
-        bar = progress(batches_on(device, data, tokenizer, mine), f"epoch {epoch}", num_steps)
-        for step, (rows, batch) in enumerate(bar):
-            layers = choose_layers(settings, num_teacher_layers, m, epoch, step) if ask else None
+        for step, (rows, batch) in enumerate(progress(batches_on(device, data, tokenizer, mine), f"epoch {epoch}", num_steps)):
             with autocast(device, settings.precision):
                 output = forward(**inputs_of(batch), output_hidden_states=rail is not None)
-            logits = output.logits.float()                                              # (B, C); all losses are in fp32
-            ce = label_loss(logits, batch["labels"])
-            kd = rail_loss = torch.zeros((), device=device)
+            logits = output.logits.float()                                           # (B, C); the losses are computed in fp32
+            ce, kd, rail_loss = label_loss(logits, batch["labels"]), torch.zeros((), device=device), torch.zeros((), device=device)
             if ask is not None:
-                teacher_logits, teacher_pooled = ask(rows, layers)                      # (B, C), (B, k, d_t)
+                layers = choose_layers(settings, num_teacher_layers, m, epoch, step)
+                teacher_logits, teacher_pooled = ask(rows, layers)                   # (B, C), (B, k, d_t)
                 kd = kd_loss(logits, teacher_logits, settings.temperature)
             if rail is not None:
-                student_pooled = pool_layers(output.hidden_states, batch["attention_mask"], student_layers)  # (B, k, d_s)
+                student_pooled = pool_layers(output.hidden_states, batch["attention_mask"], student_layers)      # (B, k, d_s)
                 rail_loss = rail_forward(student_pooled, teacher_pooled)
             loss = combined_loss(ce, kd, rail_loss, weights)
             scaler.scale(loss * share[step]).backward()
@@ -991,41 +1150,45 @@ def train(model, data, tokenizer, settings, validate, state_file, ask=None, rail
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             losses[step] = torch.stack([ce, kd, rail_loss, loss]).detach() * share[step]
-            if step % 50 == 49 or step == num_steps - 1:  # now and then the device may wait
+            if step % 50 == 49 or step == num_steps - 1:  # now and then the CPU may wait
                 bad = (~torch.isfinite(losses).all(dim=1)).nonzero()
                 if len(bad):
-                    raise FloatingPointError(
-                        f"a loss became NaN or infinite at step {int(bad[0]) + 1} of epoch {epoch}; the run stops, and what was "
-                        "finished before is kept. A lower --learning-rate or --precision fp32 may help")
+                    raise FloatingPointError(f"a loss became NaN or infinite at step {int(bad[0]) + 1} of epoch {epoch}; what was finished "
+                                             "before is kept. A lower --learning-rate or --precision fp32 may help")
         if world > 1:
             dist.all_reduce(losses)
-        sizes = torch.tensor([len(rows) for rows in row_batches], device=device)
+        sizes = torch.tensor([len(rows) for rows in batches], device=device)
         means = (losses / world * sizes[:, None]).sum(dim=0) / len(data)  # over examples: the last batch may be smaller
-        seconds = time.perf_counter() - start
-        drawn = choose_layers(settings, num_teacher_layers, m, epoch) if ask else None
-        fixed = drawn is not None and settings.mapping != "attention" and settings.resample == "epoch"
-        record = {"epoch": epoch, "layers": drawn.tolist() if fixed else None}
-        record |= dict(zip(("ce", "kd", "rail", "total"), means.tolist()))
-        record |= {"seconds": seconds, "examples_per_second": len(data) / seconds} | validate()
+        seconds, drawn = time.perf_counter() - start, None
+        if rail is not None and settings.mapping != "attention" and settings.resample == "epoch":
+            drawn = choose_layers(settings, num_teacher_layers, m, epoch).tolist()
+        record = {"epoch": epoch, "layers": drawn} | dict(zip(("ce", "kd", "rail", "total"), means.tolist())) | {
+            "seconds": seconds, "examples_per_second": len(data) / seconds} | validate()
         history.append(record)
-        text = " ".join(f"{i}←{j}" for i, j in enumerate(record["layers"] or [], 1))
-        text = text or settings.mapping + ", redrawn in each step" * (settings.mapping == "random")
-        say(f"  epoch {epoch:2}/{settings.epochs}  {text}   ce {record['ce']:.4f}  kd {record['kd']:.4f}  rail {record['rail']:.4f}   "
-            f"{main_metric(record)} {record[main_metric(record)]:.4f}   {record['examples_per_second']:,.0f} examples/s")
+        say_epoch(record, settings)
         with whole(state_file) as part:
             if rank == 0:
-                state = io.BytesIO()  # a full disk is then an OSError of the write, not torch's own
+                state = io.BytesIO()  # so that a full disk is an OSError of the write
                 torch.save({"history": history} | {name: part.state_dict() for name, part in parts.items()}, state)
                 part.write_bytes(state.getbuffer())
         report(history)
     return history
 
 
+def say_epoch(record, settings):
+    """One line for an epoch: the map in readable form, the three losses, the validation score, the speed."""
+    pairs = " ".join(f"{i}←{j}" for i, j in enumerate(record["layers"] or [], 1))
+    pairs = pairs or settings.mapping + ", redrawn in each step" * (settings.mapping == "random")
+    metric = main_metric(record)
+    say(f"  epoch {record['epoch']:2}/{settings.epochs}  {pairs}   ce {record['ce']:.4f}  kd {record['kd']:.4f}  rail {record['rail']:.4f}   "
+        f"{metric} {record[metric]:.4f}   {record['examples_per_second']:,.0f} examples/s")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. The score
+# 9. The score
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics are computed once over a whole set, never as a mean over batches: the last batch is smaller, and F1 or a correlation
-# of the whole is not the mean of the parts'.
+# of the whole is not the mean of those of its parts.
 
 def ranks(values):
     """Ranks from 1; equal values share the mean of their ranks, as Spearman's correlation wants it."""
@@ -1040,12 +1203,13 @@ def correlation(a, b):
     return float(a @ b) / scale if scale > 0 else 0.0
 
 
-def compute_metrics(logits, labels, task=None):
+def compute_metrics(logits, labels, task=None, teacher_logits=None):
     """The metrics of a task, over a whole set at once: (N, C), (N,) -> {"accuracy": ..., ...}.
 
     GLUE's own metrics for its tasks, accuracy for other classes, the two correlations for a regression. Then `eval_loss`
     (cross-entropy in nats, or mean squared error) and, for classes, `ece`: the expected calibration error, the gap between
-    confidence and accuracy over 15 bins of confidence (Guo et al. 2017).
+    confidence and accuracy over 15 bins of confidence (Guo et al. 2017). With the teacher's logits (N, C) for the same
+    examples also `agreement`: the share of the examples, right or wrong, for which both choose the same class.
     """
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
     if logits.shape[1] == 1:
@@ -1062,13 +1226,16 @@ def compute_metrics(logits, labels, task=None):
     bins = np.minimum((confidence * 15).astype(int), 14)
     gaps = np.abs(np.bincount(bins, weights=correct - confidence))
     wanted = GLUE[task][1] if task in GLUE else ["accuracy"]
+    if teacher_logits is not None:
+        values["agreement"] = np.mean(predicted == teacher_logits.argmax(axis=1))
+        wanted = [*wanted, "agreement"]
     return {name: float(values[name]) for name in wanted} | {
         "eval_loss": float(-log_probs[np.arange(len(labels)), labels].mean()), "ece": float(gaps.sum() / len(labels))}
 
 
 @torch.no_grad()
 def predict(model, data, tokenizer, precision="fp32"):
-    """The model's logits for an encoded Dataset, in its order: float32 array (N, C). The model is left in eval mode."""
+    """The model's logits for an encoded Dataset, in the order of the Dataset: float32 array (N, C). Leaves it in eval mode."""
     model.eval()
     batches, logits = length_batches(data, 64), None
     for rows, batch in batches_on(model.device, data, tokenizer, batches):
@@ -1080,20 +1247,19 @@ def predict(model, data, tokenizer, precision="fp32"):
 
 
 def evaluate(model, data, tokenizer, task=None, precision="fp32", teacher_logits=None):
-    """The metrics of a model over a whole encoded Dataset with labels, see `compute_metrics`.
+    """The metrics of a model over a whole encoded Dataset, {"accuracy": ..., "eval_loss": ..., ...}, see `compute_metrics`.
 
-    With the teacher's logits (N, C) for the same data also `agreement`: the share of the examples, right or wrong, in which
-    both choose the same class.
+    Args:
+        model, data, tokenizer: a classifier, an encoded Dataset with its labels, and the tokenizer that pads it.
+        task: the name of a GLUE task, which says what the metrics are; None for own data.
+        precision: "fp32", "bf16" or "fp16", of the forward pass.
+        teacher_logits: (N, C), for the agreement with the teacher.
     """
-    logits = predict(model, data, tokenizer, precision)
-    metrics = compute_metrics(logits, data["label"], task)
-    if teacher_logits is not None and logits.shape[1] > 1:
-        metrics["agreement"] = float(np.mean(logits.argmax(1) == teacher_logits.argmax(1)))
-    return metrics
+    return compute_metrics(predict(model, data, tokenizer, precision), data["label"], task, teacher_logits)
 
 
 def milliseconds_per_sentence(model, data, tokenizer, precision="fp32", repeats=30):
-    """Median time of a forward pass with one sentence, in milliseconds, on the model's device."""
+    """Median time of a forward pass with a single sentence, in milliseconds, on the model's device, tokenization not counted."""
     model.eval()
     rows, times = [[i % len(data)] for i in range(repeats + 5)], []
     for _, batch in batches_on(model.device, data, tokenizer, rows):
@@ -1105,39 +1271,46 @@ def milliseconds_per_sentence(model, data, tokenizer, precision="fp32", repeats=
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9. The whole job
+# 10. The whole job
 # ---------------------------------------------------------------------------------------------------------------------
+# What a run leaves in its folder:
+#
+#   student/        weights (safetensors), tokenizer, label names, model card: pipeline("text-classification", model=".../student")
+#   teacher/        the same for a teacher that was fine-tuned here, and in it table-.../, its answers
+#   metrics.json    settings as used, versions, device; layers, parameters, bytes, milliseconds and scores of both models; for each
+#                   epoch the map, the losses, the seconds and every validation metric; scores on --eval-file
+#   *.pt            while it runs: the state after the last finished epoch, for --resume
 
 @dataclasses.dataclass
 class Side:
-    """Teacher or student, and the data as its own tokenizer encodes it."""
+    """Teacher or student, and all data as its own tokenizer encodes it."""
 
     model: nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase
     train: datasets.Dataset = None
-    validation: dict = None  # name -> Dataset: "" for most tasks, "matched" and "mismatched" for MNLI
+    validation: dict = None  # name -> Dataset; the name is "" for most tasks, "matched" and "mismatched" for MNLI
     evaluation: dict = None  # file -> Dataset
 
     def encode(self, train, validation, evaluation, max_length):
         """Fills the three data fields from Datasets of text."""
-        def encoded(data):
-            return encode(data, self.tokenizer, self.model, max_length)
-        self.train = encoded(train)
-        self.validation, self.evaluation = ({name: encoded(data) for name, data in sets.items()} for sets in (validation, evaluation))
+        self.train = encode(train, self.tokenizer, self.model, max_length)
+        self.validation, self.evaluation = ({name: encode(data, self.tokenizer, self.model, max_length) for name, data in sets.items()}
+                                            for sets in (validation, evaluation))
 
     def validate(self, settings, teacher_logits=None):
-        """All validation metrics; those of MNLI's second validation set carry its name: accuracy, accuracy_mismatched."""
-        metrics = {}
+        """(metrics, logits by name) of all validation sets. MNLI's second set has its name behind each of its metrics."""
+        metrics, logits = {}, {}
         for name, data in self.validation.items():
-            found = evaluate(self.model, data, self.tokenizer, settings.task, settings.precision, (teacher_logits or {}).get(name))
+            logits[name] = predict(self.model, data, self.tokenizer, settings.precision)
+            found = compute_metrics(logits[name], data["label"], settings.task, teacher_logits and teacher_logits[name])
             metrics |= {key if name in ("", "matched") else f"{key}_{name}": value for key, value in found.items()}
-        return metrics
+        return metrics, logits
 
     def costs(self, settings):
         """{"layers", "parameters", "bytes" of the weights on disk, "milliseconds_per_sentence" at batch size 1}."""
         data = next(iter(self.validation.values()))
         return {"layers": self.model.config.num_hidden_layers, "parameters": self.model.num_parameters(),
-                "bytes": sum(tensor.numel() * tensor.element_size() for tensor in self.model.state_dict().values()),
+                "bytes": sum(tensor.nbytes for tensor in self.model.state_dict().values()),
                 "milliseconds_per_sentence": milliseconds_per_sentence(self.model, data, self.tokenizer, settings.precision)}
 
     def save(self, folder, card):
@@ -1147,18 +1320,6 @@ class Side:
                 self.model.save_pretrained(part)
                 self.tokenizer.save_pretrained(part)
                 (part / "README.md").write_text(card, encoding="utf-8")
-
-
-def first_line(error):
-    """An exception's first line of text, for a message of one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
-
-
-def human_bytes(size):
-    """1234567 -> '1.2 MB'."""
-    power = min(int(math.log10(max(size, 1))) // 3, 4)
-    return f"{size / 1000 ** power:.1f} {['B', 'kB', 'MB', 'GB', 'TB'][power]}"
 
 
 def peak_memory():
@@ -1172,19 +1333,15 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def quiet():
-    """Switches off what the libraries say about things that a user can't change; their errors still come through."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    # The schedule counts a step that fp16 scaling had to skip; a handful of such steps at the start does no harm.
-    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-
-
 def resume_settings(folder, given):
-    """The settings of the run in `folder`. Raises ValueError where it holds none, or where `given` contradicts them."""
+    """The settings of the run in `folder`, to go on with it.
+
+    Args:
+        folder: of the run; it may have been moved.
+        given: {name: value} of settings that a user gave beside --resume.
+    Raises:
+        ValueError: no run lies there, or something given contradicts its settings; the message names the first.
+    """
     file = Path(folder) / "metrics.json"
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))["settings"]
@@ -1201,7 +1358,7 @@ def resume_settings(folder, given):
 def run(settings):
     """The whole job, from `Settings` to a distilled student on disk. Returns what metrics.json holds.
 
-    Raises ValueError (or OSError) in one sentence for what a user can mend, FloatingPointError for a loss that diverged.
+    Raises ValueError or OSError, with one sentence, for what a user can mend, and FloatingPointError for a loss that diverged.
     """
     quiet()
     if settings.resume:
@@ -1227,15 +1384,15 @@ def run(settings):
 
 
 def distil(settings, out):
-    """What `run` does once the settings are checked and the folder `out` is known."""
+    """What `run` does once the settings are checked and the folder `out` is known. Five steps, each a paragraph."""
     begin, device = time.perf_counter(), torch.device(settings.device)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
 
-    # Data and models. Everything that can be wrong with them shows here, before the slow part.
+    # 1. Data and models. Whatever can be wrong with them shows here, before the slow part and before anything is written.
     train_set, validation = load_task(settings)
+    evaluation = {path: match(read_file(path), train_set, path) for path in settings.eval_file}
     feature = train_set.features["label"]
-    evaluation = {path: set_labels(read_file(path), feature, path) for path in settings.eval_file}
     torch.manual_seed(settings.seed)  # for classifiers that are new
     if settings.teacher is None:
         (model, tokenizer), has_classifier = toy_teacher(settings.seed), False
@@ -1243,72 +1400,70 @@ def distil(settings, out):
     else:
         model, tokenizer, has_classifier = load_classifier(settings.teacher, feature, "teacher")
     teacher = Side(model.to(device), tokenizer)
-    n = teacher.model.config.num_hidden_layers
+    n = model.config.num_hidden_layers
     if settings.student:
         student = Side(*load_classifier(settings.student, feature, "student")[:2])
-    else:
+    else:  # shows whether the cut is possible; the student is cut again when the teacher has learned
         settings.student_layers = settings.student_layers or max(n // 3, 1)
-        student = Side(build_student(teacher.model, settings.student_layers), tokenizer)  # cut anew once the teacher is ready
+        student = Side(build_student(model, settings.student_layers), tokenizer)
     m = student.model.config.num_hidden_layers
     choose_layers(settings, n, m, epoch=1)  # raises where the two have no layers to map
     for side in (teacher, student):
         side.encode(train_set, validation, evaluation, settings.max_length)
 
-    # From here on there is a folder, and what happens can be resumed.
+    # 2. From here on there is a folder, and what happens can be resumed. The settings are kept with the numbers, always: without
+    # them nobody can repeat a result.
     if processes()[0] == 0:
         out.mkdir(parents=True, exist_ok=True)
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     results = {
         "settings": dataclasses.asdict(settings) | {"resume": None},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-                     "datasets": datasets.__version__, "numpy": np.__version__},
-        "device": f"{device.type} ({chip}, {torch.get_num_threads()} threads, {processes()[1]} processes)",
+        "versions": {"python": platform.python_version()} | {lib.__name__: lib.__version__ for lib in (torch, transformers, datasets, np)},
+        "device": f"{device.type} ({chip}, {torch.get_num_threads()} threads, processes: {processes()[1]})",
         "teacher": {}, "student": {}, "epochs": []}
     save_json(out / "metrics.json", results)
     say_plan(settings, teacher, student, train_set, validation, results["device"])
 
-    # The teacher. One without a classifier is fine-tuned by the same loop, with CE alone.
+    # 3. The teacher. One without a trained classifier is fine-tuned by the same loop, with CE alone. Then it is frozen and scored:
+    # a weak teacher must not go unnoticed.
     if not has_classifier:
         say(f"The teacher ({settings.teacher or 'made on the spot'}) has no trained classifier yet, so it is fine-tuned first:")
         own_set = teacher.train
         if settings.task == "toy":
-            own_set = encode(load_task(settings, for_teacher=True)[0], tokenizer, teacher.model, settings.max_length)
+            own_set = encode(load_task(settings, for_teacher=True)[0], tokenizer, model, settings.max_length)
         plan = dataclasses.replace(settings, mapping="finetune", epochs=settings.teacher_epochs)
-        history = train(teacher.model, own_set, tokenizer, plan, lambda: teacher.validate(settings), out / "teacher.pt")
+        history = train(model, own_set, tokenizer, plan, lambda: teacher.validate(settings)[0], out / "teacher.pt")
         teacher.save(out / "teacher", model_card(settings, "Teacher", history[-1]))
         say(f"  saved; further runs can use it with  --teacher {out / 'teacher'}")
         results["teacher"]["epochs"] = history
-    freeze(teacher.model)
-    teacher_logits = {name: predict(teacher.model, data, tokenizer, settings.precision)
-                      for name, data in teacher.validation.items()}
-    results["teacher"] |= teacher.costs(settings) | teacher.validate(settings)
+    freeze(model)
+    scores, teacher_logits = teacher.validate(settings)
+    results["teacher"] |= teacher.costs(settings) | scores
     warn_of_weak_teacher(teacher_logits, validation)
 
-    # The teacher's answers, the student, and the projections.
+    # 4. The teacher's answers, the student, the projections, and the loop that brings them together.
     ask = rail = None
     if settings.mapping != "finetune":
         if settings.teacher_table == "off":
-            ask = live_teacher(teacher.model, teacher.train, tokenizer, settings.precision)
-        else:
-            home = out if has_classifier else out / "teacher"
-            if settings.teacher and has_classifier and os.access(settings.teacher, os.W_OK):
-                home = Path(settings.teacher)
-            ask = table_teacher(write_teacher_table(teacher.model, teacher.train, tokenizer, settings, home), device)
+            ask = live_teacher(model, teacher.train, tokenizer, settings.precision)
+        else:  # the table lies beside the teacher, or in the run's folder for a teacher from the hub
+            home = out / "teacher" if not has_classifier else Path(settings.teacher) if os.access(settings.teacher, os.W_OK) else out
+            ask = table_teacher(find_or_write_table(model, teacher.train, tokenizer, settings, home), device)
     if not settings.student:
-        student.model = build_student(teacher.model, m)
+        student.model = build_student(model, m)
     student.model.to(device)
     if settings.mapping not in ("none", "finetune"):
         torch.manual_seed(settings.seed)
-        variant = "attention" if settings.mapping == "attention" else settings.variant
-        widths = [side.model.config.hidden_size for side in (teacher, student)]
-        rail = RailLoss(*widths, m if settings.include_last else m - 1, variant, settings.projection_size).to(device)
-
+        rail = RailLoss(model.config.hidden_size, student.model.config.hidden_size, m if settings.include_last else m - 1,
+                        "attention" if settings.mapping == "attention" else settings.variant, settings.projection_size).to(device)
     say("Distillation:" if ask else "Training without a teacher:")
     results["epochs"] = train(student.model, student.train, student.tokenizer, settings,
-                              lambda: student.validate(settings, teacher_logits), out / "student.pt", ask, rail, n,
+                              lambda: student.validate(settings, teacher_logits)[0], out / "student.pt", ask, rail, n,
                               lambda history: save_json(out / "metrics.json", results | {"epochs": history}))
+
+    # 5. The student is saved, its cost measured, and both are scored on further files, such as text of another domain.
     student.save(out / "student", model_card(settings, "Student", results["epochs"][-1]))
-    results["student"] = student.costs(settings) | student.validate(settings, teacher_logits)
+    results["student"] = student.costs(settings) | student.validate(settings, teacher_logits)[0]
     results["evaluation"] = {path: {
         name: evaluate(side.model, side.evaluation[path], side.tokenizer, settings.task, settings.precision)
         for name, side in (("teacher", teacher), ("student", student))} for path in evaluation}
@@ -1377,7 +1532,7 @@ def model_card(settings, title, metrics):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 10. The command line
+# 11. The command line
 # ---------------------------------------------------------------------------------------------------------------------
 
 def parse(argv):

@@ -923,7 +923,7 @@ def answers(world, tmp_path):
 @whole_module
 def test_table_holds_what_the_live_teacher_says_up_to_half_precision(answers, tmp_path):
     teacher, data, tokenizer, settings = answers
-    folder = rail_kd.write_teacher_table(teacher, data, tokenizer, settings, tmp_path)
+    folder = rail_kd.find_or_write_table(teacher, data, tokenizer, settings, tmp_path)
     logits, pooled = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("logits", "pooled"))
     assert (logits.shape, logits.dtype, pooled.shape, pooled.dtype) == ((100, 2), np.float32, (100, 5, 64), np.float16)
     table = rail_kd.table_teacher(folder, torch.device("cpu"))
@@ -941,7 +941,7 @@ def test_table_takes_full_precision_where_half_does_not_reach(answers, tmp_path)
     teacher, data, tokenizer, settings = answers
     with torch.no_grad():  # the last norm of layer 2 now puts out values near 1e6
         teacher.bert.encoder.layer[1].output.LayerNorm.weight.mul_(1e6)
-    folder = rail_kd.write_teacher_table(teacher, data, tokenizer, settings, tmp_path)
+    folder = rail_kd.find_or_write_table(teacher, data, tokenizer, settings, tmp_path)
     pooled = np.load(folder / "pooled.npy")
     assert pooled.dtype == np.float32 and np.isfinite(pooled).all() and np.abs(pooled[:, 1]).max() > 65504
 
@@ -972,10 +972,10 @@ def test_table_cut_short_is_never_used(answers, tmp_path, monkeypatch):
         return real(*args)
     monkeypatch.setattr(rail_kd, "teacher_answers", dies)
     with contextlib.suppress(RuntimeError):
-        rail_kd.write_teacher_table(teacher, data, tokenizer, settings, tmp_path)
+        rail_kd.find_or_write_table(teacher, data, tokenizer, settings, tmp_path)
     assert not list(tmp_path.glob("table-*"))
     monkeypatch.setattr(rail_kd, "teacher_answers", real)
-    folder = rail_kd.write_teacher_table(teacher, data, tokenizer, settings, tmp_path)
+    folder = rail_kd.find_or_write_table(teacher, data, tokenizer, settings, tmp_path)
     assert np.abs(np.load(folder / "pooled.npy")).sum(axis=(1, 2)).min() > 0, "every row was written"
 
 
@@ -983,7 +983,7 @@ def test_table_cut_short_is_never_used(answers, tmp_path, monkeypatch):
 def test_too_little_disk_is_an_error_with_the_figure_before_the_pass_starts(answers, tmp_path, monkeypatch, capsys):
     teacher, data, tokenizer, settings = answers
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10 ** 9, 10 ** 9, 1000))
-    refuses(lambda: rail_kd.write_teacher_table(teacher, data, tokenizer, settings, tmp_path), "100 x 5 x 64 x 2 bytes do not fit in 1,000")
+    refuses(lambda: rail_kd.find_or_write_table(teacher, data, tokenizer, settings, tmp_path), "100 x 5 x 64 x 2 bytes do not fit in 1,000")
     assert "64.8 kB" in capsys.readouterr().out and not list(tmp_path.glob("table-*"))
 
 
