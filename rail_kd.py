@@ -34,7 +34,8 @@ The file is to be read from top to bottom, in the order of the method:
      4  teacher and student      8  the loop
 
 Letters in shapes:  B sentences in a batch,  L tokens in a sentence,  N training examples,  C classes (1 for a regression),
-n teacher layers of width d_t,  m student layers of width d_s,  k pairs of layers,  u the width of the projections.
+n teacher layers of width d_t, c of them candidates (n-1, or n with --include-last),  m student layers of width d_s,
+k pairs of layers,  u the width of the projections.
 """
 import argparse
 import contextlib
@@ -96,10 +97,11 @@ DEFAULTS = {
     "max_train_examples": (None, 1000),
 }
 
-# The smallest value of each number, and whether it may be reached.
+# What numbers may be. The toy has 4.5 million sentences, of which it can't make ever more different ones.
 AT_LEAST = {"student_layers": 1, "projection_size": 1, "epochs": 1, "teacher_epochs": 1, "batch_size": 1, "max_length": 4,
             "max_train_examples": 1, "seed": 0, "weight_decay": 0, "warmup_ratio": 0}
 ABOVE = {"learning_rate": 0, "temperature": 0}
+BELOW = {"warmup_ratio": 1, "seed": 2 ** 63}
 
 
 def option(default, text, choices=None, **more):
@@ -117,16 +119,16 @@ class Settings:
     train_file: str | None = option(None, "Own CSV or JSON lines instead: columns sentence (or sentence1), perhaps sentence2, label.")
     validation_file: str | None = option(None, "Own validation data with the same columns.")
     eval_file: list[str] = option([], "Further files to score teacher and student on, say of another domain.", action="extend")
-    max_train_examples: int | None = option(None, "Use only the first so many training examples. Default: all; the toy makes 1000.")
+    max_train_examples: int | None = option(None, "Use at most this many training examples, the first ones. Default: all; the toy makes 1000.")
     max_length: int = option(128, "Cut longer inputs to this many tokens.")
     # From whom, and who.
     teacher: str | None = option(None, "Hub name or folder. Default: bert-base-uncased; for the toy, 12 layers made on the spot.")
     teacher_epochs: int | None = option(None, "Epochs of fine-tuning for a teacher that has no trained classifier. Default: 3; toy 5.")
-    student_layers: int | None = option(None, "Cut a student of so many layers from the teacher. Default: a third of its layers.")
+    student_layers: int | None = option(None, "Cut a student with this many layers from the teacher. Default: a third of its layers.")
     student: str | None = option(None, "Instead: hub name or folder of a student of any width, architecture and tokenizer.")
     # How: the method.
     mapping: str = option("random", "Teacher layers: a sorted random draw (RAIL-KD), evenly spaced (skip), the last, all weighted by "
-                          "attention, none (CE and KD only); or finetune, no teacher.",
+                          "attention, none (CE and KD only); finetune: the labels alone, from the same start.",
                           ["random", "skip", "last", "attention", "none", "finetune"])
     variant: str = option("layerwise", "Compare pair by pair (RAIL-KD^l) or concatenated (RAIL-KD^c).", ["layerwise", "concat"])
     resample: str = option("epoch", "Draw a new random map for each epoch or for each step.", ["epoch", "step"])
@@ -137,14 +139,14 @@ class Settings:
     # How: the training.
     epochs: int | None = option(None, "Epochs of distillation. Default: 10; toy 8.")
     batch_size: int = option(32, "Examples in a step, over all processes together.")
-    learning_rate: float | None = option(None, "Peak learning rate of AdamW. Default: 5e-5; toy 5e-4.")
+    learning_rate: float | None = option(None, "Peak learning rate of AdamW, also for fine-tuning a teacher. Default: 5e-5; toy 5e-4.")
     warmup_ratio: float | None = option(None, "Share of the steps in which the rate rises; then it falls to 0. Default: 0; toy 0.1.")
     weight_decay: float = option(0.0, "Weight decay of AdamW.")
     teacher_table: str = option("on", "Ask the teacher once, before the training (on), or again in each step (off).", ["on", "off"])
     seed: int = option(0, "Everything random comes from this number.")
     # Where.
     device: str = option("auto", "Where to compute; auto: CUDA, else MPS, else the CPU.", ["auto", "cuda", "mps", "cpu"])
-    precision: str = option("auto", "Of the forward pass; auto: fp32, but on CUDA bf16, or fp16 where the chip has no bf16 of its own.",
+    precision: str = option("auto", "Number format of the forward pass; auto: fp32, but on CUDA bf16, or fp16 on chips without bf16 of their own.",
                             ["auto", "fp32", "bf16", "fp16"])
     compile: bool = option(False, "Run the student through torch.compile.")
     output_dir: str | None = option(None, "Folder for the results, new or empty. Default: a new one in runs/.")
@@ -172,8 +174,10 @@ class Settings:
                 raise ValueError(f"{flag} {value}: must be a number of at least {AT_LEAST[name]}")
             if name in ABOVE and not ABOVE[name] < value < math.inf:
                 raise ValueError(f"{flag} {value}: must be a number above {ABOVE[name]}")
-        if new.warmup_ratio >= 1:
-            raise ValueError(f"--warmup-ratio {new.warmup_ratio}: must be below 1")
+            if name in BELOW and not value < BELOW[name]:
+                raise ValueError(f"{flag} {value}: must be below {BELOW[name]}")
+        if new.task == "toy" and new.max_train_examples > 100_000:
+            raise ValueError("--max-train-examples: the toy makes at most 100000 training examples")
         if new.student and new.student_layers:
             raise ValueError("--student and --student-layers exclude each other: a named student has its own layers")
         if new.mapping == "attention" and new.variant == "concat":
@@ -198,7 +202,7 @@ def objective_weights(mapping, weights):
 
     Raises ValueError unless there are three weights >= 0 that sum to 1, with something left to learn from.
     """
-    combined_loss(0.0, 0.0, 0.0, weights)  # one rule for what three weights must be, and it stands there
+    combined_loss(0.0, 0.0, 0.0, weights)  # what three weights must be is said there, in section 6
     if mapping == "finetune":
         return [1.0, 0.0, 0.0]
     if mapping == "none":
@@ -248,6 +252,14 @@ def barrier():
     """Waits until every process is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def agree(value):
+    """The value that process 0 has, for all processes."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def say(text="", file=None):
@@ -338,8 +350,8 @@ def toy_sentences(seed, sizes):
     Most sentences have two clauses, each with an adjective, often a degree or a negation: "Although the plot is very clever,
     the acting is hardly moving." The main clause decides (here: negative). Which one that is depends on the word order, and
     what it says on its negation, so counting words says little: a reader has to combine. All sentences differ, so none of the
-    validation set can have been trained on. A fifth of them has one clause only: a stepping stone, without which a deep model
-    that starts from random weights often finds nothing to hold on to.
+    validation set can have been trained on. Some have one clause only: a stepping stone, without which a deep model that starts
+    from random weights often finds nothing to hold on to.
 
     Args:
         seed: the sentences depend on it alone.
@@ -390,7 +402,7 @@ def read_file(path):
         raise ValueError(f"{path}: needs the columns sentence (or sentence1) and label, but has {', '.join(data.column_names)}")
     data = data.select_columns([*texts, "label"])
     for row, label in enumerate(data["label"], 1):
-        if label is None or label == "" or label != label:  # NaN is the one value that differs from itself
+        if not isinstance(label, (str, int, float)) or label == "" or label != label:  # only NaN differs from itself
             raise ValueError(f"{path}: example {row} has no label")
     for name in texts:
         data = data.cast_column(name, datasets.Value("string"))
@@ -411,7 +423,7 @@ def set_labels(data, feature, source):
     labels = list(data["label"])
     if isinstance(feature, datasets.ClassLabel):
         names = [str(name) for name in feature.names]
-        known = {} if names[0].isdigit() else {str(number): number for number in range(len(names))}
+        known = {} if names[0].lstrip("-").isdigit() else {str(number): number for number in range(len(names))}
         known |= {name: number for number, name in enumerate(names)}
         unknown = [label for label in labels if str(label) not in known]
         if unknown:
@@ -434,7 +446,8 @@ def load_task(settings, for_teacher=False):
 
     MNLI has two validation sets, "matched" and "mismatched"; elsewhere the one name is "". GLUE's test split is never
     touched: its labels are all -1, and a score on them is a number without a meaning. The toy has two training sets: the
-    teacher's (`for_teacher`), and the student's, an eighth as many other sentences, one label in five wrong.
+    teacher's (`for_teacher`) and the student's. The latter has an eighth as many sentences, other ones, and one label in five
+    is wrong.
 
     Args:
         settings: `Settings`; task, train_file, validation_file, max_train_examples and, for the toy, seed count.
@@ -486,17 +499,24 @@ def encode(data, tokenizer, model, max_length):
     Args:
         data: Dataset with sentence1, perhaps sentence2, and label.
         tokenizer, model: of the same side; the tokens are for this model.
-        max_length: inputs are cut to so many tokens, or fewer if the tokenizer says that the model can't take them.
+        max_length: inputs are cut to this many tokens, or to fewer where the model can't take them.
     """
-    length = min(max_length, tokenizer.model_max_length)
+    limit = tokenizer.model_max_length
+    if limit > 10 ** 6:  # the tokenizer does not know; RoBERTa and its kin need two of the model's positions for themselves
+        limit = (getattr(model.config, "max_position_embeddings", None) or limit) - 2
     texts = [name for name in ("sentence1", "sentence2") if name in data.column_names]
-    data = data.map(lambda rows: dict(tokenizer(*[rows[name] for name in texts], truncation=True, max_length=length)),
+    data = data.map(lambda rows: dict(tokenizer(*[rows[name] for name in texts], truncation=True, max_length=min(max_length, limit))),
                     batched=True, remove_columns=texts)
     known = inspect.signature(model.forward).parameters
     return data.select_columns([name for name in data.column_names if name in known or name == "label"])
 
 
-def length_batches(data, batch_size, generator=None):
+def lengths_of(data):
+    """The number of tokens of each row of an encoded Dataset."""
+    return [len(tokens) for tokens in data["input_ids"]]
+
+
+def length_batches(lengths, batch_size, generator=None):
     """Row numbers in batches of similar length: each row in exactly one batch, only the last batch may be smaller.
 
     Attention costs what the longest sentence of a batch costs; padding every batch to --max-length would waste four fifths
@@ -505,19 +525,18 @@ def length_batches(data, batch_size, generator=None):
     them. It hands the batches out longest first, so they are shuffled once more.
 
     Args:
-        data: encoded Dataset of N rows; the length of input_ids counts.
+        lengths: N numbers of tokens.
         batch_size: B.
         generator: torch.Generator, the only source of randomness; or None.
     Returns:
         List of lists of row numbers.
     """
-    lengths = [len(row) for row in data["input_ids"]]
     if generator is None:
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    order = get_length_grouped_indices(lengths, batch_size, generator=generator)
+    else:
+        order = get_length_grouped_indices(lengths, batch_size, generator=generator)
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    return batches if generator is None else [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 def _collate(data, pad, rows):  # a plain function, since a worker process may have to receive it by pickle
@@ -548,7 +567,7 @@ def batches_on(device, data, tokenizer, row_batches):
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Teacher and student
 # ---------------------------------------------------------------------------------------------------------------------
-# Any classifier of transformers can teach. The student is cut from its teacher (BERT-base, 12 layers of width 768, 110 million
+# Any encoder with a classifier that transformers knows can teach. The student is cut from its teacher (BERT-base, 12 layers of width 768, 110 million
 # parameters, gives a 4-layer student of 53 million, of which 24 million are the embeddings), or it is another model altogether:
 # another width, architecture, even another tokenizer, since only one vector a sentence and layer is ever compared.
 
@@ -587,7 +606,8 @@ def load_classifier(name, feature, role):
         feature: the type of the data's label column: it says how many outputs there are and what they are called.
         role: "teacher" or "student". A student may have been trained for other classes: it gets a new classifier.
     Raises:
-        ValueError: nothing can be loaded, or a trained teacher has another number of classes than the data.
+        ValueError: nothing can be loaded, a trained teacher has another number of classes than the data, or the model is not an
+            encoder with a padding token.
     """
     try:  # code from the hub is never run (no trust_remote_code), and weights are safetensors or read with weights_only
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -597,8 +617,10 @@ def load_classifier(name, feature, role):
         raise ValueError(f"no {role} could be loaded from {name!r} ({first_line(error)}); give a folder that holds a model and "
                          "its tokenizer, or a hub name while the hub is in reach") from error
     if info["mismatched_keys"] and role == "teacher":
-        raise ValueError(f"the teacher {name!r} was trained for another number of classes than the data has "
-                         f"({getattr(feature, 'num_classes', 'a regression, 1')})")
+        raise ValueError(f"the teacher {name!r} was trained for another number of classes than the {model.config.num_labels} outputs "
+                         "that the data needs")
+    if model.config.is_encoder_decoder or tokenizer.pad_token is None:
+        raise ValueError(f"the {role} {name!r} is no encoder with a padding token; take one of the kind of BERT")
     use_labels_of(model, feature)
     # .float(): a checkpoint may be stored in half precision, but these are the weights that the optimizer updates.
     return model.float(), tokenizer, not info["missing_keys"] and not info["mismatched_keys"]
@@ -724,7 +746,7 @@ def sample_layer_map(num_teacher_layers, num_student_layers, rng, include_last=F
 
 
 def choose_layers(settings, num_teacher_layers, num_student_layers, epoch, step=0):
-    """The teacher layers for one step, as `--mapping` says: int array (k,), or all candidates (n-1,) for attention, or None.
+    """The teacher layers for one step, as `--mapping` says: int array (k,), or all candidates (c,) for attention, or None.
 
     Only the map changes between the methods; pooling, projection and loss stay, so that a comparison isolates the map. `skip`
     and `last` are the maps of PKD (Sun et al. 2019), `attention` is that of ALP-KD (Passban et al. 2021), not their full recipes.
@@ -763,14 +785,14 @@ def choose_layers(settings, num_teacher_layers, num_student_layers, epoch, step=
 # unrelated. A low value is no proof of learning: both maps are trained, so the loss also falls when both send every sentence in
 # the same direction. The notebook measures how far that goes.
 #
-# The five core functions of the method (with `sample_layer_map` above) stand between BEGIN and END SOLUTION, so that a course can
-# blank them out; see the README. Each can be lifted into another file as it stands.
+# The bodies of the method's five core functions (these, and `sample_layer_map` above) stand between markers, so that a course can
+# blank them out; see the README. Each function can be lifted into another file as it stands.
 
 def mean_pool(hidden_states, attention_mask):
     """One vector a sentence: the mean of a layer's output over the real tokens.
 
     Padding must stay out. It would pull short sentences towards whatever the model computes at padded positions, and the
-    loss of a sentence would depend on how long its neighbours in the batch are. (Both public re-implementations do that.)
+    loss of a sentence would depend on how long its neighbours in the batch are. Both public re-implementations average it in.
 
     Args:
         hidden_states: (B, L, d), any float type.
@@ -837,7 +859,7 @@ class RailLoss(nn.Module):
 
         Args:
             student_pooled: (B, k, d_s), pooled layer outputs of the student.
-            teacher_pooled: (B, k, d_t), those of the mapped teacher layers; (B, n-1, d_t), all candidates, with attention.
+            teacher_pooled: (B, k, d_t), those of the mapped teacher layers; (B, c, d_t), all candidates, with attention.
         Returns:
             Scalar.
         Raises:
@@ -851,9 +873,9 @@ class RailLoss(nn.Module):
                              f"{self.num_pairs} pairs for each sentence")
         if self.variant == "concat":
             student_pooled, teacher_pooled = student_pooled.flatten(1), teacher_pooled.flatten(1)  # (B, k * d)
-        s, t = self.student_proj(student_pooled), self.teacher_proj(teacher_pooled)                # (B, k, u), concat (B, u)
+        s, t = self.student_proj(student_pooled), self.teacher_proj(teacher_pooled)                # (B, k, u) each, concat (B, u)
         if self.variant == "attention":
-            t = torch.softmax(s @ t.transpose(1, 2), dim=-1) @ t                                   # (B, k, n-1) @ (B, n-1, u)
+            t = torch.softmax(s @ t.transpose(1, 2), dim=-1) @ t                                   # (B, k, c) @ (B, c, u)
         s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)                                      # all of length 1
         return (s - t).pow(2).sum(dim=-1).mean()                                                   # over sentences and pairs
         ### END SOLUTION
@@ -919,7 +941,7 @@ def label_loss(logits, labels):
 # every epoch. So it is asked once. Its answers are two arrays on disk, and a step reads the few rows and layers that it needs:
 #
 #   logits.npy  (N, C)           float32
-#   pooled.npy  (N, n-1, d_t)    float16, layer j in column j-1
+#   pooled.npy  (N, c, d_t)      float16, layer j in column j-1
 #
 # What that saves: a training step costs about three forward passes of the student (one forward, two for the backward pass), and
 # the live teacher, n/m times as deep, adds n/m passes to it in every step of every epoch. With the table it adds them once. Other
@@ -957,8 +979,10 @@ def teacher_answers(teacher, batch, layers, precision="fp32"):
 
 def live_teacher(teacher, data, tokenizer, precision):
     """ask(rows, layers) -> (logits (B, C), pooled (B, k, d_t)), computed by the teacher each time, as the paper does."""
+    pad = DataCollatorWithPadding(tokenizer)
+
     def ask(rows, layers):
-        (_, batch), = batches_on(teacher.device, data, tokenizer, [rows])
+        batch = {name: tensor.to(teacher.device) for name, tensor in pad(data[rows]).items()}
         return teacher_answers(teacher, batch, layers, precision)
     return ask
 
@@ -970,8 +994,8 @@ def table_teacher(folder, device):
     that were ever touched would count as this process's memory: in the end, the whole table.
 
     Args:
-        folder: of logits.npy (N, C) and pooled.npy (N, n-1, d_t).
-        device: where the answers shall lie.
+        folder: of logits.npy (N, C) and pooled.npy (N, c, d_t).
+        device: the torch.device on which the answers shall lie.
     """
     def move(array):
         tensor = torch.from_numpy(np.ascontiguousarray(array))
@@ -994,7 +1018,7 @@ def fingerprint(teacher, data, *more):
     The token numbers stand for those three. The labels do not count, since the teacher does not see them: a copy of the data
     with other labels shares the table. `more` is whatever else makes the answers different.
     """
-    digest = hashlib.sha256(repr((type(teacher).__name__, teacher.config.num_attention_heads, more)).encode())
+    digest = hashlib.sha256(repr((type(teacher).__name__, getattr(teacher.config, "num_attention_heads", None), more)).encode())
     for name, tensor in teacher.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.cpu().numpy().tobytes())
@@ -1004,26 +1028,32 @@ def fingerprint(teacher, data, *more):
 
 
 def find_or_write_table(teacher, data, tokenizer, settings, home):
-    """The folder of the teacher table: logits.npy (N, C) and pooled.npy (N, n-1, d_t), or (N, n, d_t) with --include-last.
+    """The folder of the teacher table: logits.npy (N, C) and pooled.npy (N, c, d_t).
 
     It lies in `home`. A table that an earlier run made of the same teacher and data, there or in the folder of a run beside
     this one, is used as it is: a folder with the final name is always whole, see `whole`. Otherwise the teacher is asked, once
     about each example. Several processes share that work. Memory does not grow with the table: a batch of rows is written and
     forgotten, so MNLI with a 24-layer teacher of width 1024, a table of 18 GB, is made on a machine of 16 GB.
 
+    Args:
+        teacher, data, tokenizer: the frozen model, the encoded training data (N examples), and what pads it.
+        settings: resolved `Settings`; include_last, precision, teacher and output_dir count.
+        home: the folder in which a new table shall lie: that of the teacher, or the run's.
     Raises:
         ValueError: too little disk, before the pass starts, or a teacher that answers NaN or infinity.
     """
     n, run_folder, (rank, world) = teacher.config.num_hidden_layers, Path(settings.output_dir), processes()
     layers = np.arange(1, n + 1 if settings.include_last else n)
     name = f"table-{fingerprint(teacher, data, len(layers), settings.precision)}"
-    for folder in [home / name, *sorted(run_folder.absolute().parent.glob(f"*/{name}"))]:
-        if folder.is_dir():
-            say(f"teacher table: found {folder}, so the teacher is not asked again")
-            return folder
-    batches = length_batches(data, 64)
+    runs = run_folder.absolute().parent  # the folders of all runs: each may hold a table, or a teacher with one
+    places = [home / name, Path(settings.teacher or "") / name, *runs.glob(f"*/{name}"), *runs.glob(f"*/teacher/{name}")]
+    found = agree(next((folder for folder in places if folder.is_dir()), None))
+    if found:
+        say(f"teacher table: found {found}, so the teacher is not asked again")
+        return found
+    batches = length_batches(lengths_of(data), 64)
     (_, batch), = batches_on(teacher.device, data, tokenizer, batches[:1])  # one batch tells C and d_t
-    logits, pooled = teacher_answers(teacher, batch, layers, settings.precision)
+    logits, pooled = teacher_answers(teacher, batch, layers, settings.precision)           # (64, C), (64, c, d_t)
     shapes = {"logits": (len(data), *logits.shape[1:]), "pooled": (len(data), *pooled.shape[1:])}
     with whole(home / name, f".{run_folder.name}") as part:
         # Half precision is enough for vectors that will be normalised, unless a layer's output does not fit its range.
@@ -1049,10 +1079,12 @@ def find_or_write_table(teacher, data, tokenizer, settings, home):
                 for key, values in (("logits", logits), ("pooled", pooled)):
                     with np.errstate(over="ignore"):
                         np.load(part / f"{key}.npy", mmap_mode="r+")[rows] = values.cpu().numpy().astype(kinds[key])
+            largest = largest.nan_to_num(nan=math.inf)  # a maximum over processes might lose a NaN
             if world > 1:
                 dist.all_reduce(largest, dist.ReduceOp.MAX)
             if not torch.isfinite(largest):
-                raise ValueError("the teacher's answers contain NaN or infinity: its weights are broken")
+                raise ValueError("the teacher's answers contain NaN or infinity: its weights are broken, or its numbers are too large "
+                                 "for --precision fp16 (then fp32 helps)")
             if largest <= np.finfo(half).max:
                 break
     return home / name
@@ -1078,7 +1110,7 @@ def train(model, data, tokenizer, settings, validate, state_file, ask=None, rail
     Args:
         model: the student, on its device.
         data, tokenizer: encoded training data (N examples), and what pads it.
-        settings: resolved `Settings`. Mapping, weights, temperature, epochs, batch size, learning rate, seed and precision count.
+        settings: resolved `Settings`; all count that are about the method or the training.
         validate: a function of no arguments that returns the validation metrics of `model`.
         state_file: where the state is kept. If it is there already, the training goes on from it.
         ask: ask(rows, layers) -> teacher logits (B, C) and pooled layers (B, k, d_t), see section 7; or None.
@@ -1091,7 +1123,7 @@ def train(model, data, tokenizer, settings, validate, state_file, ask=None, rail
     (rank, world), device, m = processes(), model.device, model.config.num_hidden_layers
     student_layers = range(1, m + 1 if settings.include_last else m)
     weights = objective_weights(settings.mapping, settings.weights)
-    num_steps = math.ceil(len(data) / settings.batch_size)
+    lengths, num_steps = lengths_of(data), math.ceil(len(data) / settings.batch_size)
 
     # What is trained, and everything that changes while it is. The projections of RailLoss are trained with the student. `fused`
     # updates all weights in one kernel: on two CPU cores a fifth of the time of a loop over the tensors. In fp16 small gradients
@@ -1106,8 +1138,9 @@ def train(model, data, tokenizer, settings, validate, state_file, ask=None, rail
     if state_file.exists():
         state = torch.load(state_file, map_location="cpu", weights_only=True)  # never runs code that a file brings along
         history = state["history"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        for name, item in parts.items():
+            item.load_state_dict(state[name])
+        report(history)
 
     # The same two modules, perhaps with gradients averaged over processes, perhaps compiled. Validation uses the bare model.
     forward, rail_forward = model, rail
@@ -1122,14 +1155,14 @@ def train(model, data, tokenizer, settings, validate, state_file, ask=None, rail
         start = time.perf_counter()
         seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
         torch.manual_seed(seed + rank)  # for dropout: each process its own
-        batches = length_batches(data, settings.batch_size, torch.Generator().manual_seed(seed))
+        batches = length_batches(lengths, settings.batch_size, torch.Generator().manual_seed(seed))
         # Of W processes, number r takes every W-th row of each batch. All must take part in every step, so one that gets no row
         # computes some row with weight 0. DistributedDataParallel averages over processes; the shares make that average the mean
         # over the whole batch, also where the rows can't be shared evenly. With one process every share is 1.
         mine = [rows[rank::world] or rows[:1] for rows in batches]
         share = [len(rows[rank::world]) * world / len(rows) for rows in batches]
         # The losses of each step stay on the device. Reading a number makes the CPU wait for the GPU, in every step.
-        losses = torch.zeros(num_steps, 4, device=device)
+        losses = torch.zeros(num_steps, 4, device=device)  # columns: CE, KD, RAIL, their weighted sum
         model.train()
         for step, (rows, batch) in enumerate(progress(batches_on(device, data, tokenizer, mine), f"epoch {epoch}", num_steps)):
             with autocast(device, settings.precision):
@@ -1138,7 +1171,7 @@ def train(model, data, tokenizer, settings, validate, state_file, ask=None, rail
             ce, kd, rail_loss = label_loss(logits, batch["labels"]), torch.zeros((), device=device), torch.zeros((), device=device)
             if ask is not None:
                 layers = choose_layers(settings, num_teacher_layers, m, epoch, step)
-                teacher_logits, teacher_pooled = ask(rows, layers)                   # (B, C), (B, k, d_t)
+                teacher_logits, teacher_pooled = ask(rows, layers)                   # (B, C), (B, k, d_t) or None
                 kd = kd_loss(logits, teacher_logits, settings.temperature)
             if rail is not None:
                 student_pooled = pool_layers(output.hidden_states, batch["attention_mask"], student_layers)      # (B, k, d_s)
@@ -1154,23 +1187,23 @@ def train(model, data, tokenizer, settings, validate, state_file, ask=None, rail
                 bad = (~torch.isfinite(losses).all(dim=1)).nonzero()
                 if len(bad):
                     raise FloatingPointError(f"a loss became NaN or infinite at step {int(bad[0]) + 1} of epoch {epoch}; what was finished "
-                                             "before is kept. A lower --learning-rate or --precision fp32 may help")
+                                             "before is kept. A new run with a lower --learning-rate or --precision fp32 may help")
         if world > 1:
             dist.all_reduce(losses)
         sizes = torch.tensor([len(rows) for rows in batches], device=device)
-        means = (losses / world * sizes[:, None]).sum(dim=0) / len(data)  # over examples: the last batch may be smaller
+        means = (losses / world * sizes[:, None]).sum(dim=0) / len(data)  # (4,) over examples: the last batch may be smaller
         seconds, drawn = time.perf_counter() - start, None
         if rail is not None and settings.mapping != "attention" and settings.resample == "epoch":
             drawn = choose_layers(settings, num_teacher_layers, m, epoch).tolist()
         record = {"epoch": epoch, "layers": drawn} | dict(zip(("ce", "kd", "rail", "total"), means.tolist())) | {
             "seconds": seconds, "examples_per_second": len(data) / seconds} | validate()
         history.append(record)
-        say_epoch(record, settings)
         with whole(state_file) as part:
             if rank == 0:
                 state = io.BytesIO()  # so that a full disk is an OSError of the write
-                torch.save({"history": history} | {name: part.state_dict() for name, part in parts.items()}, state)
+                torch.save({"history": history} | {name: item.state_dict() for name, item in parts.items()}, state)
                 part.write_bytes(state.getbuffer())
+        say_epoch(record, settings)
         report(history)
     return history
 
@@ -1237,12 +1270,14 @@ def compute_metrics(logits, labels, task=None, teacher_logits=None):
 def predict(model, data, tokenizer, precision="fp32"):
     """The model's logits for an encoded Dataset, in the order of the Dataset: float32 array (N, C). Leaves it in eval mode."""
     model.eval()
-    batches, logits = length_batches(data, 64), None
+    batches, logits = length_batches(lengths_of(data), 64), None
     for rows, batch in batches_on(model.device, data, tokenizer, batches):
         with autocast(model.device, precision):
             output = model(**inputs_of(batch)).logits.float().cpu().numpy()
         logits = np.empty((len(data), output.shape[1]), np.float32) if logits is None else logits
         logits[rows] = output
+    if not np.isfinite(logits).all():
+        raise FloatingPointError("a model's outputs became NaN or infinite; a new run with --precision fp32 or a lower --learning-rate may help")
     return logits
 
 
@@ -1278,7 +1313,8 @@ def milliseconds_per_sentence(model, data, tokenizer, precision="fp32", repeats=
 #   student/        weights (safetensors), tokenizer, label names, model card: pipeline("text-classification", model=".../student")
 #   teacher/        the same for a teacher that was fine-tuned here, and in it table-.../, its answers
 #   metrics.json    settings as used, versions, device; layers, parameters, bytes, milliseconds and scores of both models; for each
-#                   epoch the map, the losses, the seconds and every validation metric; scores on --eval-file
+#                   epoch the map, the losses, the seconds and every validation metric; scores on --eval-file; the seconds in all
+#                   and the peak memory (of the last process, where a run was resumed)
 #   *.pt            while it runs: the state after the last finished epoch, for --resume
 
 @dataclasses.dataclass
@@ -1293,9 +1329,11 @@ class Side:
 
     def encode(self, train, validation, evaluation, max_length):
         """Fills the three data fields from Datasets of text."""
-        self.train = encode(train, self.tokenizer, self.model, max_length)
-        self.validation, self.evaluation = ({name: encode(data, self.tokenizer, self.model, max_length) for name, data in sets.items()}
-                                            for sets in (validation, evaluation))
+        def encoded(data):
+            return encode(data, self.tokenizer, self.model, max_length)
+        self.train = encoded(train)
+        self.validation = {name: encoded(data) for name, data in validation.items()}
+        self.evaluation = {name: encoded(data) for name, data in evaluation.items()}
 
     def validate(self, settings, teacher_logits=None):
         """(metrics, logits by name) of all validation sets. MNLI's second set has its name behind each of its metrics."""
@@ -1349,7 +1387,7 @@ def resume_settings(folder, given):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--resume {folder}: no run can be resumed there ({file.name}: {first_line(error)})") from error
     for name, value in given.items():
-        if name not in ("resume", "output_dir") and value != saved.get(name):
+        if name not in ("resume", "output_dir") and value not in ("auto", saved.get(name)):
             raise ValueError(f"--{name.replace('_', '-')} {value} contradicts the run being resumed, which has {saved.get(name)}; "
                              "leave it out, or start a new run")
     return settings
@@ -1366,10 +1404,7 @@ def run(settings):
         settings = resume_settings(settings.resume, {name: value for name, value in dataclasses.asdict(settings).items()
                                                      if value != getattr(default, name)})
     settings = settings.resolve()
-    if processes()[1] > 1:  # the default name of the folder holds the time: process 0 decides
-        names = [settings.output_dir]
-        dist.broadcast_object_list(names)
-        settings.output_dir = names[0]
+    settings.output_dir = agree(settings.output_dir)  # its default holds the time
     out = Path(settings.output_dir)
     if settings.resume:
         finished = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
@@ -1386,8 +1421,6 @@ def run(settings):
 def distil(settings, out):
     """What `run` does once the settings are checked and the folder `out` is known. Five steps, each a paragraph."""
     begin, device = time.perf_counter(), torch.device(settings.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
 
     # 1. Data and models. Whatever can be wrong with them shows here, before the slow part and before anything is written.
     train_set, validation = load_task(settings)
@@ -1400,16 +1433,18 @@ def distil(settings, out):
     else:
         model, tokenizer, has_classifier = load_classifier(settings.teacher, feature, "teacher")
     teacher = Side(model.to(device), tokenizer)
+    teacher.encode(train_set, validation, evaluation, settings.max_length)
     n = model.config.num_hidden_layers
     if settings.student:
         student = Side(*load_classifier(settings.student, feature, "student")[:2])
-    else:  # shows whether the cut is possible; the student is cut again when the teacher has learned
-        settings.student_layers = settings.student_layers or max(n // 3, 1)
-        student = Side(build_student(model, settings.student_layers), tokenizer)
+        student.encode(train_set, validation, evaluation, settings.max_length)
+    else:  # same tokenizer, same data. This cut shows whether it is possible; it is done again when the teacher has learned
+        settings.student_layers = settings.student_layers or min(n, max(n // 3, 2))
+        student = dataclasses.replace(teacher, model=build_student(model, settings.student_layers))
     m = student.model.config.num_hidden_layers
     choose_layers(settings, n, m, epoch=1)  # raises where the two have no layers to map
-    for side in (teacher, student):
-        side.encode(train_set, validation, evaluation, settings.max_length)
+    if n == 1 and not settings.include_last:
+        raise ValueError("a teacher of one layer has no intermediate layers; --include-last makes its only layer a candidate")
 
     # 2. From here on there is a folder, and what happens can be resumed. The settings are kept with the numbers, always: without
     # them nobody can repeat a result.
@@ -1431,7 +1466,7 @@ def distil(settings, out):
         own_set = teacher.train
         if settings.task == "toy":
             own_set = encode(load_task(settings, for_teacher=True)[0], tokenizer, model, settings.max_length)
-        plan = dataclasses.replace(settings, mapping="finetune", epochs=settings.teacher_epochs)
+        plan = dataclasses.replace(settings, mapping="finetune", epochs=settings.teacher_epochs, compile=False)
         history = train(model, own_set, tokenizer, plan, lambda: teacher.validate(settings)[0], out / "teacher.pt")
         teacher.save(out / "teacher", model_card(settings, "Teacher", history[-1]))
         say(f"  saved; further runs can use it with  --teacher {out / 'teacher'}")
@@ -1456,7 +1491,7 @@ def distil(settings, out):
         torch.manual_seed(settings.seed)
         rail = RailLoss(model.config.hidden_size, student.model.config.hidden_size, m if settings.include_last else m - 1,
                         "attention" if settings.mapping == "attention" else settings.variant, settings.projection_size).to(device)
-    say("Distillation:" if ask else "Training without a teacher:")
+    say("Distillation:" if ask else "Training on the labels alone:")
     results["epochs"] = train(student.model, student.train, student.tokenizer, settings,
                               lambda: student.validate(settings, teacher_logits)[0], out / "student.pt", ask, rail, n,
                               lambda history: save_json(out / "metrics.json", results | {"epochs": history}))
@@ -1552,23 +1587,29 @@ def parse(argv):
 
 def main(argv=None):
     """The command line. Returns the exit status: 0, 2 for what a user can mend (one line on stderr), 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that has no arrow for 1←3 shows a question mark instead of failing
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         settings = parse(argv)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun: join the others, each with a GPU of its own
-            cuda = resolve_device(settings.device, "fp32")[0] == "cuda"
-            if cuda:
+            settings.device = "cuda" if resolve_device(settings.device, "fp32")[0] == "cuda" else "cpu"
+            if settings.device == "cuda":
+                if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+                    raise ValueError(f"--nproc-per-node: this machine has only {torch.cuda.device_count()} GPUs")
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if cuda else "gloo")
+            dist.init_process_group("nccl" if settings.device == "cuda" else "gloo")
         run(settings)
         return 0
     except KeyboardInterrupt as stop:
         say(str(stop) or "stopped", sys.stderr)
         return 130
     except torch.cuda.OutOfMemoryError:
-        say("rail_kd.py: the GPU's memory is full; lower --batch-size or --max-length", sys.stderr)
+        print("rail_kd.py: the GPU's memory is full; start a new run with a lower --batch-size or --max-length", file=sys.stderr)
         return 2
     except (ValueError, OSError, FloatingPointError) as error:
-        say(f"rail_kd.py: {' '.join(str(error).split())}", sys.stderr)
+        if not isinstance(error, ValueError) or os.environ.get("RANK", "0") == "0":  # a wrong setting is wrong in every process
+            print(f"rail_kd.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
