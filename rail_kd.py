@@ -555,10 +555,7 @@ def batches_on(device, data, tokenizer, row_batches):
         row_batches: list of lists of row numbers, as `length_batches` makes them.
     """
     cuda = torch.device(device).type == "cuda"
-    # A generator of its own: else each new loader draws a number from the global one, and dropout would depend on how often
-    # somebody asked for batches, for example to ask the live teacher.
     loader = torch.utils.data.DataLoader(row_batches, batch_size=None, num_workers=2 * cuda, pin_memory=cuda,
-                                         generator=torch.Generator(),
                                          collate_fn=functools.partial(_collate, data, DataCollatorWithPadding(tokenizer)))
     for rows, batch in zip(row_batches, loader):
         yield rows, {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
