@@ -456,7 +456,7 @@ def load_task(settings, for_teacher=False):
         ValueError: the hub is out of reach, a file can't be used, labels are unknown or of one class only.
     """
     limit = settings.max_train_examples
-    if settings.task == "toy":
+    if settings.task == "toy" or not (settings.task or settings.train_file):
         size = limit or DEFAULTS["max_train_examples"][1]
         validation, train, teacher_train = toy_sentences(settings.seed, [1000, size, 8 * size])
         if for_teacher:
@@ -1514,7 +1514,7 @@ def say_plan(settings, teacher, student, train_set, validation, device):
         say("The toy: short reviews in which the main clause decides, so that counting words says little.")
         for row in validation[""].select(range(3)):
             say(f"    {validation[''].features['label'].names[row['label']]:8}  {row['sentence1']}")
-        say(f"Its teacher learns from {8 * len(train_set):,} of them. The student gets {len(train_set):,} others, and a fifth of their "
+        say(f"The teacher learns from {8 * len(train_set):,} of them. The student gets {len(train_set):,} others, and a fifth of their "
             "labels is wrong.")
     for name, side in (("teacher", teacher), ("student", student)):
         say(f"{name}:   {side.model.config.num_hidden_layers} layers, {side.model.num_parameters():,} parameters")
