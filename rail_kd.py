@@ -395,6 +395,8 @@ def read_file(path):
     except Exception as error:  # the reader's own complaint is the cause; around it the library says only that it failed
         raise ValueError(f"{path}: not a readable {'CSV' if csv else 'JSON lines'} file in UTF-8 with at least one row "
                          f"({first_line(error.__cause__ or error)})") from error
+    if len(data) == 0:
+        raise ValueError(f"{path}: has column names and not even one row")
     if "sentence" in data.column_names and "sentence1" not in data.column_names:
         data = data.rename_column("sentence", "sentence1")
     texts = [name for name in ("sentence1", "sentence2") if name in data.column_names]

@@ -733,7 +733,7 @@ def world(tmp_path_factory):
         entry["id"] = words.index(entry["content"])
     other = transformers.PreTrainedTokenizerFast(tokenizer_object=rail_kd.tokenizers.Tokenizer.from_str(json.dumps(state)),
                                                  pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-                                                 model_max_length=64)
+                                                 model_max_length=64, model_input_names=["input_ids", "attention_mask"])
     stranger = transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(
         vocab_size=len(words), dim=32, n_layers=3, n_heads=2, hidden_dim=48, max_position_embeddings=64, pad_token_id=other.pad_token_id))
     stranger.save_pretrained(folder / "stranger")
@@ -1230,7 +1230,7 @@ GOOD = "sentence,label\nfine,good\ndull,bad\n"
 
 @whole_module
 @pytest.mark.parametrize("name, train, validation, hint", [
-    ("csv", b"", GOOD, "at least one row"), ("csv", "sentence,label\n", GOOD, "at least one row"), ("csv", "sentence,label\ncaf\u00e9,good\n".encode("latin1"), GOOD, "UTF-8"),
+    ("csv", b"", GOOD, "at least one row"), ("csv", "sentence,label\n", GOOD, "one row"), ("csv", "sentence,label\ncaf\u00e9,good\n".encode("latin1"), GOOD, "UTF-8"),
     ("csv", "text,label\nfine,good\n", GOOD, "sentence"), ("csv", "sentence,class\nfine,good\n", GOOD, "label"), ("csv", "sentence,label\nfine,good\ndull,\n", GOOD, "example 2"),
     ("csv", "sentence,label\nfine,good\nwarm,good\n", GOOD, "tell apart"), ("csv", GOOD, "sentence,label\nso-so,neutral\n", "neutral"),
     ("csv", "sentence,label\na,1.5\nb,2\n", GOOD, "numbers"), ("csv", "sentence1,sentence2,label\na,b,good\nc,d,bad\n", GOOD, "sentence2"), ("csv", 'sentence,label\n"never closed,good\n', GOOD, "CSV"),
