@@ -647,11 +647,6 @@ def use_labels_of(model, feature):
     model.config.label2id = {label: i for i, label in enumerate(feature.names)}
 
 
-def evenly_spaced(num_teacher_layers, num_student_layers):
-    """Teacher layer round(i * n / m) for each student layer i = 1..m: for 12 -> 4 the layers 3, 6, 9, 12."""
-    return np.array([round(i * num_teacher_layers / num_student_layers) for i in range(1, num_student_layers + 1)])
-
-
 def build_student(teacher, num_layers):
     """A student cut from its teacher: the same configuration with `num_layers` layers, weights copied, nothing shared.
 
@@ -674,7 +669,7 @@ def build_student(teacher, num_layers):
     stack = next((name for name, part in teacher.named_modules() if isinstance(part, nn.ModuleList) and len(part) == n), None)
     if stack is None:
         raise ValueError(f"can't tell the layers of a {kind.__name__} apart; name a --student instead")
-    kept = evenly_spaced(n, num_layers) - 1  # layers count from 1 in the paper and here, positions in a ModuleList from 0
+    kept = [round(i * n / num_layers) - 1 for i in range(1, num_layers + 1)]  # layers count from 1, positions in a ModuleList from 0
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):  # where layers differ by design, each keeps its design
@@ -686,7 +681,7 @@ def build_student(teacher, num_layers):
             continue
         old, rest = key.removeprefix(f"{stack}.").split(".", 1)         # for example "5", "attention.self.query.weight"
         if int(old) in kept:
-            copied[f"{stack}.{kept.tolist().index(int(old))}.{rest}"] = tensor
+            copied[f"{stack}.{kept.index(int(old))}.{rest}"] = tensor
     student = kind(config)
     try:
         student.load_state_dict(copied)  # strict: a weight that is left over or missing is an error
@@ -766,8 +761,8 @@ def choose_layers(settings, num_teacher_layers, num_student_layers, epoch, step=
     rng = np.random.default_rng([settings.seed, epoch] + [step] * (settings.resample == "step"))
     drawn = sample_layer_map(n, m, rng, last)
     candidates = np.arange(1, n + 1 if last else n)
-    return {"random": drawn, "skip": evenly_spaced(n, m)[:len(drawn)], "last": candidates[-len(drawn):],
-            "attention": candidates}[settings.mapping]
+    evenly = np.array([round(i * n / m) for i in range(1, len(drawn) + 1)])
+    return {"random": drawn, "skip": evenly, "last": candidates[-len(drawn):], "attention": candidates}[settings.mapping]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1155,11 +1150,7 @@ def train(model, data, tokenizer, settings, validate, state_file, ask=None, rail
         seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
         torch.manual_seed(seed + rank)  # for dropout: each process its own
         batches = length_batches(lengths, settings.batch_size, torch.Generator().manual_seed(seed))
-        # Of W processes, number r takes every W-th row of each batch. All must take part in every step, so one that gets no row
-        # computes some row with weight 0. DistributedDataParallel averages over processes; the shares make that average the mean
-        # over the whole batch, also where the rows can't be shared evenly. With one process every share is 1.
-        mine = [rows[rank::world] or rows[:1] for rows in batches]
-        share = [len(rows[rank::world]) * world / len(rows) for rows in batches]
+        mine, share = zip(*(share_of(rows, rank, world) for rows in batches))  # all rows, and 1.0, for one process
         # The losses of each step stay on the device. Reading a number makes the CPU wait for the GPU, in every step.
         losses = torch.zeros(num_steps, 4, device=device)  # columns: CE, KD, RAIL, their weighted sum
         model.train()
@@ -1205,6 +1196,17 @@ def train(model, data, tokenizer, settings, validate, state_file, ask=None, rail
         say_epoch(record, settings)
         report(history)
     return history
+
+
+def share_of(rows, rank, world):
+    """(rows, weight): what process `rank` of `world` does of a batch, and how much its mean loss counts.
+
+    It takes every world-th row. All processes must take part in every step, so one that gets no row computes some row with
+    weight 0. DistributedDataParallel averages the gradients over the processes; the weights make that average the gradient of
+    the mean over the whole batch, also where the rows can't be shared evenly.
+    """
+    own = rows[rank::world]
+    return own or rows[:1], len(own) * world / len(rows)
 
 
 def say_epoch(record, settings):
