@@ -785,12 +785,12 @@ def choose_layers(settings, num_teacher_layers, num_student_layers, epoch, step=
 def mean_pool(hidden_states, attention_mask):
     """One vector a sentence: the mean of a layer's output over the real tokens.
 
-    Padding must stay out. It would pull short sentences towards whatever the model computes at padded positions, and the
+    Padding must stay out, whatever it holds, NaN and infinity included. It would pull short sentences towards whatever the model computes at padded positions, and the
     loss of a sentence would depend on how long its neighbours in the batch are. Both public re-implementations average it in.
 
     Args:
         hidden_states: (B, L, d), any float type.
-        attention_mask: (B, L), 1 for a real token and 0 for padding.
+        attention_mask: (B, L) of any type, 1 for a real token and 0 for padding.
     Returns:
         (B, d) in float32; zeros for a row without any real token.
     Raises:
@@ -849,7 +849,7 @@ class RailLoss(nn.Module):
         sides, and the k squared distances are averaged (a_i = 1/k). Concatenated, the k vectors of a side are laid end to end
         before they are projected, and there is one distance. With attention, the projected teacher vector of pair i is the
         sum of all projected candidates, weighted by the softmax (over the candidates) of their dot products with the
-        projected student vector i, before it is normalised.
+        projected student vector i: plain dot products, and both sides are normalised only after that.
 
         Args:
             student_pooled: (B, k, d_s), pooled layer outputs of the student.
@@ -887,7 +887,7 @@ def kd_loss(student_logits, teacher_logits, temperature):
     Returns:
         Scalar.
     Raises:
-        ValueError: shapes that differ, or a temperature that is not a positive number.
+        ValueError: shapes that differ, or a temperature that is not a positive finite number, also for a regression.
     """
     ### BEGIN SOLUTION
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
@@ -909,7 +909,7 @@ def combined_loss(ce, kd, rail, weights):
     """The objective L = l1 * CE + l2 * KD + l3 * RAIL, equation (4) of the paper.
 
     Args:
-        ce, kd, rail: scalars.
+        ce, kd, rail: scalars, tensors or plain numbers.
         weights: (l1, l2, l3), each >= 0, together 1.
     Returns:
         Scalar.

@@ -179,7 +179,8 @@ def test_mean_pool_does_not_change_with_the_amount_or_the_content_of_padding():
     for filler in (0.0, 7.0, math.nan, math.inf):
         padded = torch.cat([hidden, torch.full((2, 5, 4), filler)], dim=1)
         close(rail_kd.mean_pool(padded, torch.cat([mask, torch.zeros(2, 5)], dim=1)), alone.numpy(),
-              f"five padded positions holding {filler} must not move the mean; is the sum divided by L, or is padding added in?")
+              f"five padded positions holding {filler} must not move the mean; is the sum divided by L, or is padding added in? "
+              "(0 * nan is nan: where padding may hold anything, multiplying by the mask is not enough)")
 
 
 def test_mean_pool_keeps_the_precision_of_float32_on_half_precision_input():
