@@ -100,8 +100,10 @@ DEFAULTS = {
 # What numbers may be; `resolve` checks it.
 AT_LEAST = {"student_layers": 1, "projection_size": 1, "epochs": 1, "teacher_epochs": 1, "batch_size": 1, "max_length": 4,
             "max_train_examples": 1, "seed": 0, "weight_decay": 0, "warmup_ratio": 0}
-ABOVE = {"learning_rate": 0, "temperature": 0}
+ABOVE = {"learning_rate": 0, "projection_learning_rate": 0, "temperature": 0}
 BELOW = {"warmup_ratio": 1, "seed": 2 ** 63}
+
+PROJECTIONS = ["separate", "no-bias", "frozen-teacher", "centred"]  # what may be changed in `RailLoss`
 
 
 def option(default, text, choices=None, **more):
@@ -136,6 +138,10 @@ class Settings:
     resample: str = option("epoch", "Draw a new random map for each epoch or for each step.", ["epoch", "step"])
     include_last: bool = option(False, "Let the last layers of both sides take part in the map.")
     projection_size: int = option(128, "Width u to which the pooled layers of both sides are projected.")
+    projection: list[str] = option([], "Changes to the projections, all off by default: a map for each pair of layers (separate), no bias "
+                                   "(no-bias), a teacher's map that stays as drawn (frozen-teacher), the mean over the batch taken "
+                                   "off both sides before they get unit length (centred).", PROJECTIONS)
+    projection_learning_rate: float | None = option(None, "Peak learning rate of the projections. Default: --learning-rate.")
     temperature: float = option(2.0, "Softens both output distributions in KD.")
     weights: list[float] = option([1 / 3] * 3, "The weights of CE, KD and RAIL; they must sum to 1.")
     # How: the training.
@@ -169,8 +175,9 @@ class Settings:
             name, value, flag = field.name, getattr(new, field.name), f"--{field.name.replace('_', '-')}"
             if value is None:
                 continue
-            if value not in field.metadata.get("choices", [value]):
-                raise ValueError(f"{flag} {value}: choose from {', '.join(field.metadata['choices'])}")
+            for one in value if isinstance(value, list) else [value]:
+                if one not in field.metadata.get("choices", [one]):
+                    raise ValueError(f"{flag} {one}: choose from {', '.join(field.metadata['choices'])}")
             # Written so that NaN, which fails every comparison, is refused too.
             if name in AT_LEAST and not AT_LEAST[name] <= value < math.inf:
                 raise ValueError(f"{flag} {value}: must be a number of at least {AT_LEAST[name]}")
@@ -184,6 +191,8 @@ class Settings:
             raise ValueError("--student and --student-layers exclude each other: a named student has its own layers")
         if new.mapping == "attention" and new.variant == "concat":
             raise ValueError("--mapping attention needs --variant layerwise: a concatenation has no pairs to weigh")
+        if "separate" in new.projection and (new.mapping == "attention" or new.variant == "concat"):
+            raise ValueError("--projection separate needs --variant layerwise and one teacher layer for each pair, so not --mapping attention")
         objective_weights(new.mapping, new.weights)
         new.device, new.precision = resolve_device(new.device, new.precision)
         if not new.resume:  # a resumed run writes where it wrote before
@@ -817,6 +826,13 @@ def pool_layers(hidden_states, attention_mask, layers):
     return torch.stack([mean_pool(hidden_states[j], attention_mask) for j in layers], dim=1)
 
 
+class PairwiseLinear(nn.ModuleList):
+    """A linear map for each pair of layers, instead of one for all pairs: (B, k, d) -> (B, k, u)."""
+
+    def forward(self, pooled):
+        return torch.stack([linear(pooled[:, i]) for i, linear in enumerate(self)], dim=1)
+
+
 class RailLoss(nn.Module):
     """The intermediate-layer loss: project, normalise, compare. Layer-wise (RAIL-KD^l) or concatenated (RAIL-KD^c).
 
@@ -829,28 +845,53 @@ class RailLoss(nn.Module):
         num_pairs: k, the number of student layers that are taught.
         variant: "layerwise", "concat" or "attention".
         projection_size: u.
+        projection: changes for ablations, any of "separate" (a map for each pair of layers), "no-bias", "frozen-teacher" (the
+            teacher's map stays as it was drawn) and "centred" (each side loses its mean over the batch before it gets unit length).
     Raises:
-        ValueError: an unknown variant, or a size below 1.
+        ValueError: an unknown variant or change, a size below 1, or separate maps without pairs.
     """
 
-    def __init__(self, teacher_dim, student_dim, num_pairs, variant="layerwise", projection_size=128):
+    def __init__(self, teacher_dim, student_dim, num_pairs, variant="layerwise", projection_size=128, projection=()):
         super().__init__()
         if variant not in ("layerwise", "concat", "attention"):
             raise ValueError(f"unknown variant {variant!r}: choose layerwise, concat or attention")
+        if not set(projection) <= set(PROJECTIONS) or ("separate" in projection and variant != "layerwise"):
+            raise ValueError(f"projection {' '.join(projection)}: choose from {', '.join(PROJECTIONS)}; separate is for layerwise only")
         if min(teacher_dim, student_dim, num_pairs, projection_size) < 1:
             raise ValueError("widths, the number of pairs and the projection size must be at least 1")
-        self.num_pairs, self.variant = num_pairs, variant
-        joined = num_pairs if variant == "concat" else 1
+        self.num_pairs, self.variant, self.centred = num_pairs, variant, "centred" in projection
+
+        def linear(width):
+            joined, bias = num_pairs if variant == "concat" else 1, "no-bias" not in projection
+            maps = [nn.Linear(joined * width, projection_size, bias) for _ in range(num_pairs if "separate" in projection else 1)]
+            return PairwiseLinear(maps) if "separate" in projection else maps[0]
+
         # Attributes, not items of a Python list: a module in a plain list is never moved to the GPU, trained or saved.
-        self.teacher_proj = nn.Linear(joined * teacher_dim, projection_size)
-        self.student_proj = nn.Linear(joined * student_dim, projection_size)
+        self.teacher_proj, self.student_proj = linear(teacher_dim), linear(student_dim)
+        self.teacher_proj.requires_grad_("frozen-teacher" not in projection)
+
+    def project(self, linear, pooled):
+        """One side's vectors before they get unit length: (B, k, d) -> (B, k, u); concatenated, end to end first, (B, u)."""
+        vectors = linear(pooled.flatten(1) if self.variant == "concat" else pooled)   # concat: (B, k * d) -> (B, u)
+        return vectors - vectors.mean(dim=0) if self.centred else vectors
+
+    @torch.no_grad()
+    def projected_cosine(self, teacher_pooled):
+        """How far the teacher's map sends all sentences in one direction: (B, k, d_t) -> the mean cosine of different sentences.
+
+        At 1 the loss has found its trivial answer: it can fall to 0 and has nothing to teach. With B = 1 there are no different
+        sentences, and 0 comes back.
+        """
+        t = F.normalize(self.project(self.teacher_proj, teacher_pooled), dim=-1)      # (B, k, u), concat (B, u)
+        pairs = len(t) * (len(t) - 1)                                                 # || sum of t ||^2 = B + what the pairs add
+        return ((t.sum(dim=0).pow(2).sum(dim=-1) - len(t)) / max(pairs, 1)).mean()
 
     def forward(self, student_pooled, teacher_pooled):
         """Mean over the batch of the squared distances between unit vectors, averaged over the pairs: a number in [0, 4].
 
-        Both sides are projected by their linear map and divided by their L2 norm. Layer-wise, pair i compares row i of both
-        sides, and the k squared distances are averaged (a_i = 1/k). Concatenated, the k vectors of a side are laid end to end
-        before they are projected, and there is one distance. With attention, the projected teacher vector of pair i is the
+        Both sides are projected (`self.project` with `self.student_proj` or `self.teacher_proj`) and divided by their L2 norm.
+        Layer-wise, pair i compares row i of both sides, and the k squared distances are averaged (a_i = 1/k). Concatenated, each
+        side is one vector of width u, and there is one distance. With attention, the projected teacher vector of pair i is the
         sum of all projected candidates, weighted by the softmax (over the candidates) of their dot products with the
         projected student vector i: plain dot products, and both sides are normalised only after that.
 
@@ -868,9 +909,7 @@ class RailLoss(nn.Module):
         if pairs != (self.num_pairs, self.num_pairs) or len(student_pooled) != len(teacher_pooled):
             raise ValueError(f"student {tuple(student_pooled.shape)} and teacher {tuple(teacher_pooled.shape)} do not make "
                              f"{self.num_pairs} pairs for each sentence")
-        if self.variant == "concat":
-            student_pooled, teacher_pooled = student_pooled.flatten(1), teacher_pooled.flatten(1)  # (B, k * d)
-        s, t = self.student_proj(student_pooled), self.teacher_proj(teacher_pooled)                # (B, k, u) each, concat (B, u)
+        s, t = self.project(self.student_proj, student_pooled), self.project(self.teacher_proj, teacher_pooled)  # (B, k, u) each
         if self.variant == "attention":
             t = torch.softmax(s @ t.transpose(1, 2), dim=-1) @ t                                   # (B, k, c) @ (B, c, u)
         s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)                                      # all of length 1
@@ -1128,8 +1167,9 @@ def train(model, data, tokenizer, settings, validate, state_file, ask=None, rail
     # tensors. In fp16 small gradients would underflow to zero, so the scaler multiplies the loss before backward and divides the
     # gradients after it.
     trained = nn.ModuleList([model] if rail is None else [model, rail])
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay,
-                                  fused=device.type in ("cpu", "cuda"))
+    rates = [settings.learning_rate, settings.projection_learning_rate or settings.learning_rate]
+    optimizer = torch.optim.AdamW([{"params": list(part.parameters()), "lr": rate} for part, rate in zip(trained, rates)],
+                                  weight_decay=settings.weight_decay, fused=device.type in ("cpu", "cuda"))
     schedule = transformers.get_linear_schedule_with_warmup(
         optimizer, round(settings.warmup_ratio * num_steps * settings.epochs), num_steps * settings.epochs)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
@@ -1157,28 +1197,28 @@ def train(model, data, tokenizer, settings, validate, state_file, ask=None, rail
         batches = length_batches(lengths, settings.batch_size, torch.Generator().manual_seed(seed))
         mine, share = zip(*(share_of(rows, rank, world) for rows in batches))  # all rows, and 1.0, for one process
         # The losses of each step stay on the device. Reading a number makes the CPU wait for the GPU, in every step.
-        losses = torch.zeros(num_steps, 4, device=device)  # columns: CE, KD, RAIL, their weighted sum
+        losses = torch.zeros(num_steps, 5, device=device)  # columns: CE, KD, RAIL, their weighted sum, the projected cosine
         model.train()
         for step, (rows, batch) in enumerate(progress(batches_on(device, data, tokenizer, mine), f"epoch {epoch}", num_steps)):
             with autocast(device, settings.precision):
                 output = forward(**inputs_of(batch), output_hidden_states=rail is not None)
             logits = output.logits.float()                                           # (B, C); the losses are computed in fp32
             ce = label_loss(logits, batch["labels"])
-            kd = rail_loss = torch.zeros((), device=device)                          # what a mapping does not have counts 0
+            kd = rail_loss = cosine = torch.zeros((), device=device)                 # what a mapping does not have counts 0
             if ask is not None:
                 layers = choose_layers(settings, num_teacher_layers, m, epoch, step)
                 teacher_logits, teacher_pooled = ask(rows, layers)                   # (B, C), (B, k, d_t) or None
                 kd = kd_loss(logits, teacher_logits, settings.temperature)
             if rail is not None:
                 student_pooled = pool_layers(output.hidden_states, batch["attention_mask"], student_layers)      # (B, k, d_s)
-                rail_loss = rail_forward(student_pooled, teacher_pooled)
+                rail_loss, cosine = rail_forward(student_pooled, teacher_pooled), rail.projected_cosine(teacher_pooled)
             loss = combined_loss(ce, kd, rail_loss, weights)
             scaler.scale(loss * share[step]).backward()
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
-            losses[step] = torch.stack([ce, kd, rail_loss, loss]).detach() * share[step]
+            losses[step] = torch.stack([ce, kd, rail_loss, loss, cosine]).detach() * share[step]
             if step % 50 == 49 or step == num_steps - 1:  # now and then the CPU may wait
                 bad = (~torch.isfinite(losses).all(dim=1)).nonzero()
                 if len(bad):
@@ -1188,11 +1228,11 @@ def train(model, data, tokenizer, settings, validate, state_file, ask=None, rail
         if world > 1:
             dist.all_reduce(losses)
         sizes = torch.tensor([len(rows) for rows in batches], device=device)
-        means = (losses / world * sizes[:, None]).sum(dim=0) / len(data)  # (4,) over examples: the last batch may be smaller
+        means = (losses / world * sizes[:, None]).sum(dim=0) / len(data)  # (5,) over examples: the last batch may be smaller
         seconds, drawn = time.perf_counter() - start, None
         if rail is not None and settings.mapping != "attention" and settings.resample == "epoch":
             drawn = choose_layers(settings, num_teacher_layers, m, epoch).tolist()
-        record = {"epoch": epoch, "layers": drawn} | dict(zip(("ce", "kd", "rail", "total"), means.tolist())) | {
+        record = {"epoch": epoch, "layers": drawn} | dict(zip(("ce", "kd", "rail", "total", "projected_cosine"), means.tolist())) | {
             "seconds": seconds, "examples_per_second": len(data) / seconds} | validate()
         history.append(record)
         with whole(state_file) as part:
@@ -1499,7 +1539,8 @@ def distil(settings, out):
     if settings.mapping not in ("none", "finetune"):
         torch.manual_seed(settings.seed)
         rail = RailLoss(model.config.hidden_size, student.model.config.hidden_size, m if settings.include_last else m - 1,
-                        "attention" if settings.mapping == "attention" else settings.variant, settings.projection_size).to(device)
+                        "attention" if settings.mapping == "attention" else settings.variant, settings.projection_size,
+                        settings.projection).to(device)
     say("Distillation:" if ask else "Training on the labels alone:")
     results["epochs"] = train(student.model, student.train, student.tokenizer, settings,
                               lambda: student.validate(settings, teacher_logits)[0], out / "student.pt", ask, rail, n,
@@ -1533,7 +1574,7 @@ def say_plan(settings, teacher, student, train_set, validation, device):
     steps = settings.epochs * math.ceil(len(train_set) / settings.batch_size)
     say(f"training:  {len(train_set):,} examples x {settings.epochs} epochs = {steps:,} steps of {settings.batch_size}, {settings.precision} "
         f"on {device}")
-    rail = f"RAIL({settings.variant}, {settings.mapping} map, u={settings.projection_size})"
+    rail = f"RAIL({', '.join([settings.variant, settings.mapping + ' map', f'u={settings.projection_size}', *settings.projection])})"
     terms = zip(objective_weights(settings.mapping, settings.weights), ("CE", f"KD(T={settings.temperature:g})", rail))
     say("objective: " + " + ".join(f"{weight:.3g} {name}" for weight, name in terms if weight))
 

@@ -202,31 +202,36 @@ def rail_inputs(k=3, candidates=None, batch=5, d_t=8, d_s=6):
 
 def rail_expected(loss, student, teacher):
     """The definition of method, in float64 numpy, one sentence and one pair at a time."""
-    def linear(module, x):
-        bias = 0 if module.bias is None else module.bias.detach().double().numpy()
-        return module.weight.detach().double().numpy() @ x + bias
-
     def unit(x):
         return x / np.linalg.norm(x)
 
     total = []
-    for s, t in zip(student, teacher):
-        if loss.variant == "concat":
-            pairs = [(linear(loss.student_proj, s.reshape(-1)), linear(loss.teacher_proj, t.reshape(-1)))]
-        else:
-            s, t = [linear(loss.student_proj, x) for x in s], [linear(loss.teacher_proj, x) for x in t]
-            if loss.variant == "attention":
-                scores = [np.exp([a @ b for b in t]) for a in s]
-                t = [sum(w * b for w, b in zip(score / score.sum(), t)) for score in scores]
-            pairs = list(zip(s, t))
-        total.append(np.mean([np.sum((unit(a) - unit(b)) ** 2) for a, b in pairs]))
+    for s, t in zip(projected(loss, loss.student_proj, student), projected(loss, loss.teacher_proj, teacher)):
+        if loss.variant == "attention":
+            scores = [np.exp([a @ b for b in t]) for a in s]
+            t = [sum(w * b for w, b in zip(score / score.sum(), t)) for score in scores]
+        total.append(np.mean([np.sum((unit(a) - unit(b)) ** 2) for a, b in zip(s, t)]))
     return np.mean(total)
 
 
+def projected(loss, proj, pooled):
+    """(B, k, d) -> (B, k, u), concat (B, 1, u): what one side looks like before it is normalised."""
+    def linear(module, x):
+        bias = 0 if module.bias is None else module.bias.detach().double().numpy()
+        return module.weight.detach().double().numpy() @ x + bias
+
+    if loss.variant == "concat":
+        pooled = pooled.reshape(len(pooled), 1, -1)
+    maps = list(proj) if isinstance(proj, torch.nn.ModuleList) else [proj] * pooled.shape[1]
+    vectors = np.array([[linear(module, x) for module, x in zip(maps, row)] for row in pooled])
+    return vectors - vectors.mean(axis=0) if loss.centred else vectors
+
+
+@pytest.mark.parametrize("projection", [[], ["no-bias"], ["centred"], ["centred", "no-bias", "frozen-teacher"]])
 @pytest.mark.parametrize("variant, candidates", [("layerwise", 3), ("concat", 3), ("attention", 7)])
-def test_RailLoss_is_the_mean_squared_distance_of_projected_unit_vectors(variant, candidates):
+def test_RailLoss_is_the_mean_squared_distance_of_projected_unit_vectors(variant, candidates, projection):
     torch.manual_seed(0)
-    loss = rail_kd.RailLoss(8, 6, 3, variant, projection_size=4)
+    loss = rail_kd.RailLoss(8, 6, 3, variant, projection_size=4, projection=projection)
     student, teacher = rail_inputs(candidates=candidates)
     close(loss(torch.tensor(student).float(), torch.tensor(teacher).float()), rail_expected(loss, student, teacher),
           "project both sides, divide by the L2 norm, squared distance, mean over pairs and batch")
@@ -276,6 +281,49 @@ def test_projections_of_RailLoss_are_registered_so_they_are_trained_moved_and_sa
     assert rail_kd.RailLoss(8, 6, 3, "concat").teacher_proj.in_features == 24
     refuses(lambda: rail_kd.RailLoss(8, 6, 3, "sideways"), "an unknown variant")
     refuses(lambda: rail_kd.RailLoss(8, 6, 0), "no pairs")
+
+
+def test_separate_projections_give_each_pair_of_RailLoss_its_own_map_on_both_sides():
+    torch.manual_seed(0)
+    loss = rail_kd.RailLoss(8, 6, 3, projection_size=4, projection=["separate"])
+    student, teacher = rail_inputs()
+    close(loss(torch.tensor(student).float(), torch.tensor(teacher).float()), rail_expected(loss, student, teacher), "pair i has map i")
+    assert sum(p.numel() for p in loss.parameters()) == 3 * (4 * 8 + 4 + 4 * 6 + 4)
+    assert len(torch.unique(torch.stack([linear.weight for linear in loss.teacher_proj]), dim=0)) == 3
+    for variant in ("concat", "attention"):
+        refuses(lambda: rail_kd.RailLoss(8, 6, 3, variant, projection=["separate"]), "there are no pairs of one layer each")
+    refuses(lambda: rail_kd.RailLoss(8, 6, 3, projection=["crooked"]), "an unknown change")
+
+
+def test_centring_takes_the_trivial_answer_away_from_RailLoss():
+    """A map that sends all sentences in one direction, here by a large bias, has a loss of 0; centred, the bias has no effect."""
+    student, teacher = (torch.tensor(x).float() for x in rail_inputs())
+    values = {}
+    for projection in ([], ["centred"]):
+        torch.manual_seed(0)
+        loss = rail_kd.RailLoss(8, 6, 3, projection_size=4, projection=projection)
+        before = loss(student, teacher).item()
+        with torch.no_grad():
+            for proj in (loss.teacher_proj, loss.student_proj):
+                proj.bias += 1e4
+        values[bool(projection)] = before, loss(student, teacher).item()
+    assert values[False][1] < 1e-4 < values[False][0]
+    close(values[True][1], values[True][0], "a constant vector is taken off again", tolerance=1e-2)
+
+
+@pytest.mark.parametrize("variant, projection", [
+    ("layerwise", []), ("layerwise", ["centred"]), ("layerwise", ["separate"]), ("concat", []), ("concat", ["centred"])])
+def test_projected_cosine_is_the_mean_over_all_pairs_of_different_sentences(variant, projection):
+    torch.manual_seed(0)
+    loss, (_, teacher) = rail_kd.RailLoss(8, 6, 3, variant, projection_size=4, projection=projection), rail_inputs()
+    vectors = projected(loss, loss.teacher_proj, teacher)
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    expected = np.mean([vectors[a, i] @ vectors[b, i] for i in range(vectors.shape[1]) for a in range(5) for b in range(5) if a != b])
+    close(loss.projected_cosine(torch.tensor(teacher).float()), expected, "cosine of sentence a and b in pair i, a != b")
+    if not projection:
+        same = torch.ones(5, 3, 8)
+        close(loss.projected_cosine(same), 1.0, "one direction for all sentences is the trivial answer")
+        close(loss.projected_cosine(same[:1]), 0.0, "one sentence alone has no other to be compared with")
 
 
 @pytest.mark.parametrize("variant", ["layerwise", "concat"])
@@ -865,7 +913,8 @@ def test_mnli_is_scored_on_both_validation_splits_with_the_labels_in_the_order_o
 
 
 @whole_module
-def test_projections_are_trained_with_the_student(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("way", [{}, {"projection": ["frozen-teacher"]}, {"projection_learning_rate": 1e-2}])
+def test_projections_are_trained_with_the_student_at_their_learning_rate_and_stay_where_frozen(world, tmp_path, monkeypatch, way):
     made = []
 
     class Spy(rail_kd.RailLoss):
@@ -873,9 +922,15 @@ def test_projections_are_trained_with_the_student(world, tmp_path, monkeypatch):
             super().__init__(*args)
             made.append((self, {name: p.detach().clone() for name, p in self.named_parameters()}))
     monkeypatch.setattr(rail_kd, "RailLoss", Spy)
-    run(job(world, tmp_path / "out", epochs=1))
+    data = rail_kd.read_file(str(world / "train.csv"))
+    result = run(job(world, tmp_path / "out", epochs=1, batch_size=len(data), **way))  # one step: that of AdamW is rate * sign(gradient)
     (loss, before), = made
-    assert all(not torch.equal(before[name], p) for name, p in loss.named_parameters())
+    moved = {name: (p - before[name]).abs().max().item() for name, p in loss.named_parameters()}
+    rate = way.get("projection_learning_rate", result["settings"]["learning_rate"])
+    for name, distance in moved.items():
+        frozen = "projection" in way and name.startswith("teacher_proj")
+        assert distance == (0 if frozen else pytest.approx(rate, rel=0.02)), name
+    assert -1 <= result["epochs"][0]["projected_cosine"] <= 1
 
 
 @whole_module
@@ -1211,6 +1266,7 @@ def complaint(words, capsys):
     ("--epochs three", "three"), ("--batch-size -4", "at least 1"), ("--learning-rate nan", "above 0"), ("--learning-rate inf", "above 0"),
     ("--temperature 0", "above 0"), ("--temperature nan", "above 0"), ("--warmup-ratio 1.5", "below 1"), ("--warmup-ratio -0.1", "at least 0"),
     ("--weight-decay -1", "at least 0"), ("--max-length 0", "at least"), ("--seed -1", "at least 0"), ("--projection-size 0", "at least 1"),
+    ("--projection crooked", "centred"), ("--projection separate --mapping attention", "layerwise"), ("--projection-learning-rate 0", "above 0"),
     ("--max-train-examples 0", "at least 1"), ("--student-layers 0", "at least 1"), ("--student-layers 13", "13"), ("--student-layers 1", "intermediate"),
     ("--weights 0.5 0.5", "three"), ("--weights 0.9 0.9 0.9", "sum to 1"), ("--weights -0.5 1 0.5", ">= 0"), ("--weights 0 0 1 --mapping none", "nothing"),
     ("--mapping attention --variant concat", "layerwise"), ("--student x --student-layers 3", "exclude"), ("--precision fp16 --device cpu", "fp16"),
