@@ -788,7 +788,8 @@ def choose_layers(settings, num_teacher_layers, num_student_layers, epoch, step=
 #
 # Between unit vectors || s - t ||^2 = 2 - 2 cos(s, t), so the loss lies between 0 (same direction) and 4 (opposite), and 2 means
 # unrelated. A low value is no proof of learning: both maps are trained, so the loss also falls when both send every sentence in
-# the same direction. The notebook measures how far that goes.
+# the same direction. If different sentences have a mean cosine of c after the teacher's map (`projected_cosine`), a student that
+# gives the same vector for all of them comes down to 2 - 2 sqrt(c). Only below that has it learned to tell sentences apart.
 #
 # The bodies of the method's five core functions (these, and `sample_layer_map` above) stand between markers, so that a course can
 # blank them out; see the README. Each function can be lifted into another file as it stands.
@@ -1362,8 +1363,8 @@ def milliseconds_per_sentence(model, data, tokenizer, precision="fp32", repeats=
 #   student/        weights (safetensors), tokenizer, label names, model card: pipeline("text-classification", model=".../student")
 #   teacher/        the same for a teacher that was fine-tuned here, and in it table-.../, its answers
 #   metrics.json    settings as used, versions, device; layers, parameters, bytes, milliseconds and scores of both models; for each
-#                   epoch the map, the losses, the seconds and every validation metric; scores on --eval-file; the seconds in all
-#                   and the peak memory (of the last process, where a run was resumed)
+#                   epoch the map, the losses, the projected cosine, the seconds and every validation metric; scores on
+#                   --eval-file; the seconds in all and the peak memory (of the last process, where a run was resumed)
 #   *.pt            while it runs: the state after the last finished epoch, for --resume
 
 @dataclasses.dataclass
