@@ -103,8 +103,6 @@ AT_LEAST = {"student_layers": 1, "projection_size": 1, "epochs": 1, "teacher_epo
 ABOVE = {"learning_rate": 0, "projection_learning_rate": 0, "temperature": 0}
 BELOW = {"warmup_ratio": 1, "seed": 2 ** 63}
 
-PROJECTIONS = ["separate", "no-bias", "frozen-teacher", "centred"]  # what may be changed in `RailLoss`
-
 
 def option(default, text, choices=None, **more):
     """A field of `Settings`: its default, the sentence that `--help` shows, and the values it may have."""
@@ -128,22 +126,25 @@ class Settings:
     # From whom, and who.
     teacher: str | None = option(None, "Hub name or folder. Default: bert-base-uncased; for the toy, 12 layers made on the spot.")
     teacher_epochs: int | None = option(None, "Epochs of fine-tuning for a teacher that has no trained classifier. Default: 3; toy 5.")
-    student_layers: int | None = option(None, "Cut a student with this many layers from the teacher. Default: a third of its layers.")
+    student_layers: int | None = option(None, "Cut a student with this many layers from the teacher. Default: a third of its layers, at least 2.")
     student: str | None = option(None, "Instead: hub name or folder of a student of any width, architecture and tokenizer.")
     # How: the method.
-    mapping: str = option("random", "Teacher layers: a sorted random draw (RAIL-KD), evenly spaced (skip), the last, all weighted by "
-                          "attention, none (CE and KD only); finetune: the labels alone, from the same start.",
+    mapping: str = option("random", "Teacher layers: a sorted random draw (random: RAIL-KD), evenly spaced ones (skip), the last ones "
+                          "(last), all of them weighted (attention), or none (CE and KD only); finetune: the labels alone, from the "
+                          "same start.",
                           ["random", "skip", "last", "attention", "none", "finetune"])
     variant: str = option("layerwise", "Compare pair by pair (RAIL-KD^l) or concatenated (RAIL-KD^c).", ["layerwise", "concat"])
     resample: str = option("epoch", "Draw a new random map for each epoch or for each step.", ["epoch", "step"])
     include_last: bool = option(False, "Let the last layers of both sides take part in the map.")
     projection_size: int = option(128, "Width u to which the pooled layers of both sides are projected.")
-    projection: list[str] = option([], "Changes to the projections, all off by default: a map for each pair of layers (separate), no bias "
-                                   "(no-bias), a teacher's map that stays as drawn (frozen-teacher), the mean over the batch taken "
-                                   "off both sides before they get unit length (centred).", PROJECTIONS)
+    projection: list[str] = option([], "Changes to the projections, all off by default: a map for each pair of layers (separate), no "
+                                   "bias (no-bias), a teacher's map that stays as drawn (frozen-teacher), the mean over the batch (in "
+                                   "each process) taken off both sides before they get unit length (centred).",
+                                   ["separate", "no-bias", "frozen-teacher", "centred"])
     projection_learning_rate: float | None = option(None, "Peak learning rate of the projections. Default: --learning-rate.")
     temperature: float = option(2.0, "Softens both output distributions in KD.")
-    weights: list[float] = option([1 / 3] * 3, "The weights of CE, KD and RAIL; they must sum to 1.")
+    weights: list[float] = option([1 / 3] * 3, "The weights of CE, KD and RAIL; they must sum to 1. --mapping none rescales the first two, "
+                                  "finetune has CE alone.")
     # How: the training.
     epochs: int | None = option(None, "Epochs of distillation. Default: 10; toy 8.")
     batch_size: int = option(32, "Examples in a step, over all processes together.")
@@ -789,10 +790,10 @@ def choose_layers(settings, num_teacher_layers, num_student_layers, epoch, step=
 # Between unit vectors || s - t ||^2 = 2 - 2 cos(s, t), so the loss lies between 0 (same direction) and 4 (opposite), and 2 means
 # unrelated. A low value is no proof of learning: both maps are trained, so the loss also falls when both send every sentence in
 # the same direction. If different sentences have a mean cosine of c after the teacher's map (`projected_cosine`), a student that
-# gives the same vector for all of them comes down to 2 - 2 sqrt(c). Only below that has it learned to tell sentences apart.
+# gives the same vector for all of them comes down to 2 - 2 sqrt(c). A value above that is no sign of any learning about sentences.
 #
 # The bodies of the method's five core functions (these, and `sample_layer_map` above) stand between markers, so that a course can
-# blank them out; see the README. Each function can be lifted into another file as it stands.
+# blank them out; see the README. Each can be lifted into another file as it stands (`RailLoss` with `PairwiseLinear`).
 
 def mean_pool(hidden_states, attention_mask):
     """One vector a sentence: the mean of a layer's output over the real tokens.
@@ -847,7 +848,8 @@ class RailLoss(nn.Module):
         variant: "layerwise", "concat" or "attention".
         projection_size: u.
         projection: changes for ablations, any of "separate" (a map for each pair of layers), "no-bias", "frozen-teacher" (the
-            teacher's map stays as it was drawn) and "centred" (each side loses its mean over the batch before it gets unit length).
+            teacher's map stays as it was drawn) and "centred" (each side loses its mean over the batch before it gets unit length;
+            a batch of one sentence then has nothing left to compare).
     Raises:
         ValueError: an unknown variant or change, a size below 1, or separate maps without pairs.
     """
@@ -856,8 +858,10 @@ class RailLoss(nn.Module):
         super().__init__()
         if variant not in ("layerwise", "concat", "attention"):
             raise ValueError(f"unknown variant {variant!r}: choose layerwise, concat or attention")
-        if not set(projection) <= set(PROJECTIONS) or ("separate" in projection and variant != "layerwise"):
-            raise ValueError(f"projection {' '.join(projection)}: choose from {', '.join(PROJECTIONS)}; separate is for layerwise only")
+        if not set(projection) <= {"separate", "no-bias", "frozen-teacher", "centred"}:
+            raise ValueError(f"projection {' '.join(projection)}: choose from separate, no-bias, frozen-teacher and centred")
+        if "separate" in projection and variant != "layerwise":
+            raise ValueError(f"separate projections need one teacher layer for each pair, which the variant {variant} has not")
         if min(teacher_dim, student_dim, num_pairs, projection_size) < 1:
             raise ValueError("widths, the number of pairs and the projection size must be at least 1")
         self.num_pairs, self.variant, self.centred = num_pairs, variant, "centred" in projection
@@ -880,8 +884,8 @@ class RailLoss(nn.Module):
     def projected_cosine(self, teacher_pooled):
         """How far the teacher's map sends all sentences in one direction: (B, k, d_t) -> the mean cosine of different sentences.
 
-        At 1 the loss has found its trivial answer: it can fall to 0 and has nothing to teach. With B = 1 there are no different
-        sentences, and 0 comes back.
+        At 1 the loss has found its trivial answer: it can fall to 0 and has nothing to teach. Within this batch only; centred
+        vectors come out slightly below 0, by -1 / (B-1) if all have one length. With B = 1 there are no different sentences: 0.
         """
         t = F.normalize(self.project(self.teacher_proj, teacher_pooled), dim=-1)      # (B, k, u), concat (B, u)
         pairs = len(t) * (len(t) - 1)                                                 # || sum of t ||^2 = B + what the pairs add

@@ -293,6 +293,8 @@ def test_separate_projections_give_each_pair_of_RailLoss_its_own_map_on_both_sid
     for variant in ("concat", "attention"):
         refuses(lambda: rail_kd.RailLoss(8, 6, 3, variant, projection=["separate"]), "there are no pairs of one layer each")
     refuses(lambda: rail_kd.RailLoss(8, 6, 3, projection=["crooked"]), "an unknown change")
+    field, = [field for field in dataclasses.fields(Settings) if field.name == "projection"]
+    assert rail_kd.RailLoss(8, 6, 3, projection=field.metadata["choices"]), "what --projection offers, RailLoss knows"
 
 
 def test_centring_takes_the_trivial_answer_away_from_RailLoss():
