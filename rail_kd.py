@@ -193,7 +193,8 @@ class Settings:
         if new.mapping == "attention" and new.variant == "concat":
             raise ValueError("--mapping attention needs --variant layerwise: a concatenation has no pairs to weigh")
         if "separate" in new.projection and (new.mapping == "attention" or new.variant == "concat"):
-            raise ValueError("--projection separate needs --variant layerwise and one teacher layer for each pair, so not --mapping attention")
+            raise ValueError("--projection separate needs --variant layerwise and one teacher layer for each pair, which --mapping "
+                             "attention does not have")
         objective_weights(new.mapping, new.weights)
         new.device, new.precision = resolve_device(new.device, new.precision)
         if not new.resume:  # a resumed run writes where it wrote before
@@ -882,10 +883,11 @@ class RailLoss(nn.Module):
 
     @torch.no_grad()
     def projected_cosine(self, teacher_pooled):
-        """How far the teacher's map sends all sentences in one direction: (B, k, d_t) -> the mean cosine of different sentences.
+        """How far the teacher's map sends all sentences in one direction: the mean cosine of different sentences, a scalar.
 
-        At 1 the loss has found its trivial answer: it can fall to 0 and has nothing to teach. Within this batch only; centred
-        vectors come out slightly below 0, by -1 / (B-1) if all have one length. With B = 1 there are no different sentences: 0.
+        `teacher_pooled` is that of `forward`: (B, k, d_t), or (B, c, d_t) with attention. At 1 the loss has found its trivial
+        answer: it can fall to 0 and has nothing to teach. Only sentences of this batch are compared; centred vectors come out
+        slightly below 0, at -1 / (B-1) if all have one length. With B = 1 there are no different sentences, and it is 0.
         """
         t = F.normalize(self.project(self.teacher_proj, teacher_pooled), dim=-1)      # (B, k, u), concat (B, u)
         pairs = len(t) * (len(t) - 1)                                                 # || sum of t ||^2 = B + what the pairs add
@@ -914,7 +916,8 @@ class RailLoss(nn.Module):
         if pairs != (self.num_pairs, self.num_pairs) or len(student_pooled) != len(teacher_pooled):
             raise ValueError(f"student {tuple(student_pooled.shape)} and teacher {tuple(teacher_pooled.shape)} do not make "
                              f"{self.num_pairs} pairs for each sentence")
-        s, t = self.project(self.student_proj, student_pooled), self.project(self.teacher_proj, teacher_pooled)  # (B, k, u) each
+        s = self.project(self.student_proj, student_pooled)                                        # (B, k, u), concat (B, u)
+        t = self.project(self.teacher_proj, teacher_pooled)                                        # the same; attention (B, c, u)
         if self.variant == "attention":
             t = torch.softmax(s @ t.transpose(1, 2), dim=-1) @ t                                   # (B, k, c) @ (B, c, u)
         s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)                                      # all of length 1
@@ -1167,10 +1170,10 @@ def train(model, data, tokenizer, settings, validate, state_file, ask=None, rail
     weights = objective_weights(settings.mapping, settings.weights)
     lengths, num_steps = lengths_of(data), math.ceil(len(data) / settings.batch_size)
 
-    # What is trained, and everything that changes while it is. The projections of RailLoss are trained with the student. `fused`
-    # updates all weights in one kernel: for 17 million of them on two CPU cores 12 ms instead of 81 ms for a loop over the
-    # tensors. In fp16 small gradients would underflow to zero, so the scaler multiplies the loss before backward and divides the
-    # gradients after it.
+    # What is trained, and everything that changes while it is. The projections of RailLoss are trained with the student, at the
+    # same learning rate unless --projection-learning-rate gives them their own. `fused` updates all weights in one
+    # kernel: for 17 million of them on two CPU cores 12 ms instead of 81 ms for a loop over the tensors. In fp16 small gradients
+    # would underflow to zero, so the scaler multiplies the loss before backward and divides the gradients after it.
     trained = nn.ModuleList([model] if rail is None else [model, rail])
     rates = [settings.learning_rate, settings.projection_learning_rate or settings.learning_rate]
     optimizer = torch.optim.AdamW([{"params": list(part.parameters()), "lr": rate} for part, rate in zip(trained, rates)],
@@ -1262,12 +1265,13 @@ def share_of(rows, rank, world):
 
 
 def say_epoch(record, settings):
-    """One line for an epoch: the map in readable form, the three losses, the validation score, the speed."""
+    """One line for an epoch: the map in readable form, the losses that there are, the validation score, the speed."""
     pairs = " ".join(f"{i}←{j}" for i, j in enumerate(record["layers"] or [], 1))
     pairs = pairs or settings.mapping + ", redrawn in each step" * (settings.mapping == "random")
+    losses = "  ".join(f"{name} {record[name]:.4f}" for name in ("ce", "kd", "rail") if record[name] != 0)
     metric = main_metric(record)
-    say(f"  epoch {record['epoch']:2}/{settings.epochs}  {pairs}   ce {record['ce']:.4f}  kd {record['kd']:.4f}  rail {record['rail']:.4f}   "
-        f"{metric} {record[metric]:.4f}   {record['examples_per_second']:,.0f} examples/s")
+    say(f"  epoch {record['epoch']:2}/{settings.epochs}  {pairs}   {losses}   {metric} {record[metric]:.4f}   "
+        f"{record['examples_per_second']:,.0f} examples/s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
