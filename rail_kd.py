@@ -1171,9 +1171,9 @@ def train(model, data, tokenizer, settings, validate, state_file, ask=None, rail
     lengths, num_steps = lengths_of(data), math.ceil(len(data) / settings.batch_size)
 
     # What is trained, and everything that changes while it is. The projections of RailLoss are trained with the student, at the
-    # same learning rate unless --projection-learning-rate gives them their own. `fused` updates all weights in one
-    # kernel: for 17 million of them on two CPU cores 12 ms instead of 81 ms for a loop over the tensors. In fp16 small gradients
-    # would underflow to zero, so the scaler multiplies the loss before backward and divides the gradients after it.
+    # same learning rate unless --projection-learning-rate gives them their own. `fused` updates all weights in one kernel: for 17
+    # million of them on two CPU cores that takes 12 ms, and a loop over the tensors 81 ms. In fp16 small gradients would
+    # underflow to zero, so the scaler multiplies the loss before backward and divides the gradients after it.
     trained = nn.ModuleList([model] if rail is None else [model, rail])
     rates = [settings.learning_rate, settings.projection_learning_rate or settings.learning_rate]
     optimizer = torch.optim.AdamW([{"params": list(part.parameters()), "lr": rate} for part, rate in zip(trained, rates)],
@@ -1234,7 +1234,7 @@ def train(model, data, tokenizer, settings, validate, state_file, ask=None, rail
                                              "finished before is kept. A new run with a lower --learning-rate or --precision fp32 "
                                              "may help")
         if world > 1:
-            dist.all_reduce(losses)
+            dist.all_reduce(losses)  # of a batch, the weights of `share_of` sum to `world` over the processes
         sizes = torch.tensor([len(rows) for rows in batches], device=device)
         means = (losses / world * sizes[:, None]).sum(dim=0) / len(data)  # (5,) over examples: the last batch may be smaller
         seconds, drawn = time.perf_counter() - start, None
