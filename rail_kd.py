@@ -17,7 +17,7 @@ layers at random, anew in every epoch, and to sort them, so that deeper student 
     student layer      1              2     3          4           (the last layers meet through the logits, in KD)
 
 The teacher is frozen, so it will say the same about a sentence in every epoch. It is asked once, before the training, and
-what it says (a row of logits and pooled layers for each example) is kept in a table on disk. The loop has no teacher in it.
+what it says (a row of logits and pooled layers for each example) is kept in a table on disk: the loop reads it from there.
 
 Source: Haidar, Anchuri, Rezagholizadeh, Ghaddar, Langlais, Poupart, "RAIL-KD: RAndom Intermediate Layer Mapping for
 Knowledge Distillation", Findings of NAACL 2022, arXiv 2109.10164. Where the sources leave a choice open, the comment says
@@ -87,7 +87,7 @@ GLUE = {
 }
 
 # Defaults that depend on the task: (real text with a pretrained teacher, the toy with a teacher trained from scratch). Ten
-# epochs, because with one draw an epoch and 12 -> 4 layers a given teacher layer has then taught with a probability of 96 %.
+# and eight epochs: with one draw in each and 12 -> 4 layers, a given teacher layer then teaches with a probability of 96 and 92 %.
 DEFAULTS = {
     "teacher": ("bert-base-uncased", None),
     "epochs": (10, 8),
@@ -514,7 +514,7 @@ def encode(data, tokenizer, model, max_length):
     Args:
         data: Dataset with sentence1, perhaps sentence2, and label.
         tokenizer, model: of the same side; the tokens are for this model.
-        max_length: inputs are cut to this many tokens, or to fewer where the model can't take them.
+        max_length: inputs are cut to this many tokens, or to fewer where the tokenizer's limit is lower.
     """
     limit = tokenizer.model_max_length
     if limit > 10 ** 6:  # the tokenizer does not know; RoBERTa and its kin need two of the model's positions for themselves
@@ -536,8 +536,8 @@ def length_batches(lengths, batch_size, generator=None):
 
     Attention costs what the longest sentence of a batch costs; padding every batch to --max-length would waste four fifths
     of the work on sentences of 25 tokens. Without a generator, all rows by length: for passes in which the order is free.
-    With one, the library's mix of randomness and length: it shuffles all rows, sorts fifty batches' worth at a time and cuts
-    them. It hands the batches out longest first, so they are shuffled once more.
+    With one, the library's mix of randomness and length: it shuffles all rows, sorts them in groups of at most fifty batches
+    and cuts them. A group comes longest first, so the batches are shuffled once more.
 
     Args:
         lengths: N numbers of tokens.
@@ -573,7 +573,7 @@ def batches_on(device, data, tokenizer, row_batches):
     loader = torch.utils.data.DataLoader(row_batches, batch_size=None, num_workers=2 * cuda, pin_memory=cuda,
                                          collate_fn=functools.partial(_collate, data, DataCollatorWithPadding(tokenizer)))
     for rows, batch in zip(row_batches, loader):
-        yield rows, {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        yield rows, {name: tensor.to(device, non_blocking=cuda) for name, tensor in batch.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -619,20 +619,22 @@ def load_classifier(name, feature, role):
         role: "teacher" or "student". A student may have been trained for other classes: it gets a new classifier.
     Raises:
         ValueError: nothing can be loaded, a trained teacher has another number of classes than the data, or the model is not an
-            encoder with a padding token.
+            encoder with a padding token and an attention mask.
     """
-    try:  # code from the hub is never run (no trust_remote_code), and weights are safetensors or read with weights_only
-        tokenizer = AutoTokenizer.from_pretrained(name)
+    try:  # code from the hub is never run (left out, transformers would ask), and weights are safetensors or read with weights_only
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=getattr(feature, "num_classes", 1), ignore_mismatched_sizes=True, output_loading_info=True)
+            name, trust_remote_code=False, num_labels=getattr(feature, "num_classes", 1), ignore_mismatched_sizes=True,
+            output_loading_info=True)
     except Exception as error:
         raise ValueError(f"no {role} could be loaded from {name!r} ({first_line(error)}); give a folder that holds a model and "
                          "its tokenizer, or a hub name while the hub is in reach") from error
     if info["mismatched_keys"] and role == "teacher":
         raise ValueError(f"the teacher {name!r} was trained for another number of classes than the {model.config.num_labels} outputs "
                          "that the data needs")
-    if model.config.is_encoder_decoder or tokenizer.pad_token is None:
-        raise ValueError(f"the {role} {name!r} is no encoder with a padding token; take one of the kind of BERT")
+    masked = "attention_mask" in inspect.signature(model.forward).parameters  # an FNet, say, mixes the padding in
+    if model.config.is_encoder_decoder or tokenizer.pad_token is None or not masked:
+        raise ValueError(f"the {role} {name!r} is no encoder with a padding token and an attention mask; take one of the kind of BERT")
     use_labels_of(model, feature)
     # .float(): a checkpoint may be stored in half precision, but these are the weights that the optimizer updates.
     return model.float(), tokenizer, not info["missing_keys"] and not info["mismatched_keys"]
@@ -643,8 +645,8 @@ def use_labels_of(model, feature):
 
     MNLI checkpoints on the hub number the classes differently from GLUE, each in its own way. Distilling from such a teacher
     teaches the student the wrong classes, without any error. Where the model's own names are the data's in another order,
-    the rows of its last linear layer are put in the data's order. Names like LABEL_0 tell nothing and are replaced; if such
-    a teacher has another order, it will most likely score below chance, and then the run says so aloud.
+    the rows of its last linear layer are put in the data's order. Names like LABEL_0 tell nothing and are replaced; if another
+    order makes such a teacher no better than chance, `warn_of_weak_teacher` says so aloud.
     """
     if not isinstance(feature, datasets.ClassLabel):
         model.config.problem_type = "regression"
@@ -656,6 +658,7 @@ def use_labels_of(model, feature):
         head = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer.out_features == len(own)][-1]
         for parameter in head.parameters():  # weight (C, d) and bias (C,)
             parameter.data = parameter.data[order]
+    model.config.problem_type = "single_label_classification"  # whatever it was before: a pipeline then shows probabilities
     model.config.id2label = dict(enumerate(feature.names))
     model.config.label2id = {label: i for i, label in enumerate(feature.names)}
 
@@ -996,8 +999,9 @@ def label_loss(logits, labels):
 
 def autocast(device, precision):
     """The context for a forward pass in bf16 or fp16; it changes nothing in fp32."""
-    return torch.autocast(torch.device(device).type, dtype=torch.float16 if precision == "fp16" else torch.bfloat16,
-                          enabled=precision != "fp32")
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=torch.float16 if precision == "fp16" else torch.bfloat16)
 
 
 def inputs_of(batch):
@@ -1044,7 +1048,7 @@ def table_teacher(folder, device):
     def move(array):
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         tensor = tensor.pin_memory() if device.type == "cuda" else tensor
-        return tensor.to(device, non_blocking=True).float()
+        return tensor.to(device, non_blocking=device.type == "cuda").float()
 
     def ask(rows, layers):
         rows = np.asarray(rows)
@@ -1099,7 +1103,8 @@ def find_or_write_table(teacher, data, tokenizer, settings, home):
     (_, batch), = batches_on(teacher.device, data, tokenizer, batches[:1])  # one batch tells C and d_t
     logits, pooled = teacher_answers(teacher, batch, layers, settings.precision)           # (64, C), (64, c, d_t)
     shapes = {"logits": (len(data), *logits.shape[1:]), "pooled": (len(data), *pooled.shape[1:])}
-    with whole(home / name, f".{run_folder.name}") as part:
+    owner = hashlib.sha256(str(run_folder.absolute()).encode()).hexdigest()[:8]  # runs side by side may share `home`
+    with whole(home / name, f".{owner}") as part:
         # Half precision is enough for vectors that will be normalised, unless a layer's output does not fit its range.
         for half in (np.float16, np.float32):
             kinds = {"logits": np.dtype(np.float32), "pooled": np.dtype(half)}
@@ -1589,14 +1594,18 @@ def say_plan(settings, teacher, student, train_set, validation, device):
 
 
 def warn_of_weak_teacher(teacher_logits, validation):
-    """Says so, prominently, where the teacher is no better than always naming the largest class."""
+    """Says so, prominently, where the teacher is no better than always naming the largest class, or the mean of a regression."""
     for name, logits in teacher_logits.items():
         labels = np.array(validation[name]["label"])
         if logits.shape[1] > 1:
             right, share = np.mean(logits.argmax(1) == labels), np.bincount(labels).max() / len(labels)
-            if right <= share:
-                say(f"\n!!! The teacher is right on {right:.1%} of the validation examples; always naming the largest class is right on "
-                    f"{share:.1%}.\n!!! It is weak or broken, or numbers the classes differently: a student can't learn from it.\n")
+            weak, found = right <= share, f"right on {right:.1%} of the validation examples; the largest class alone is {share:.1%}"
+        else:
+            error, spread = np.mean((logits[:, 0] - labels) ** 2), labels.var()
+            weak, found = error >= spread, f"off by {error:.3g} (mean squared error); the validation labels' own variance is {spread:.3g}"
+        if weak:
+            say(f"\n!!! The teacher is {found}.\n!!! It is weak or broken, or its labels mean something else: a student can't learn "
+                "from it.\n")
 
 
 def say_results(results, out, device):

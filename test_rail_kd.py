@@ -481,6 +481,17 @@ def test_unknown_label_names_leave_the_logits_alone():
     assert torch.equal(teacher(**tokens()).logits, before) and teacher.config.id2label == {0: "negative", 1: "positive"}
 
 
+def test_what_a_model_was_for_before_does_not_stay_in_its_configuration():
+    teacher = FAMILIES["bert"]()
+    teacher.config.problem_type = "regression"  # a pipeline would show logits, not probabilities
+    student = rail_kd.build_student(teacher, 3)
+    for model in (teacher, student):
+        rail_kd.use_labels_of(model, datasets.ClassLabel(names=["a", "b", "c"]))
+        assert model.config.problem_type == "single_label_classification"
+        rail_kd.use_labels_of(model, datasets.Value("float32"))
+        assert model.config.problem_type == "regression"
+
+
 def test_frozen_teacher_has_neither_dropout_nor_gradients():
     teacher = rail_kd.freeze(FAMILIES["bert"]().train())  # BertConfig's dropout is 0.1
     assert torch.equal(teacher(**tokens()).logits, teacher(**tokens()).logits)
@@ -885,6 +896,16 @@ def test_a_regression_runs_from_start_to_end(world, tmp_path):
     assert transformers.pipeline("text-classification", model=str(tmp_path / "out" / "student"))("The plot.")[0]["score"] is not None
 
 
+def test_a_teacher_that_knows_no_more_than_the_labels_mean_or_largest_class_is_announced(capsys):
+    rng = np.random.default_rng(0)
+    scores, classes = rng.uniform(0, 5, 200), rng.permutation([0] * 120 + [1] * 80)
+    for labels, weak, good in ((scores, scores / 5, scores + rng.normal(size=200)),   # right order, but on a scale from 0 to 1
+                               (classes, np.eye(2)[1 - classes], np.eye(2)[np.where(np.arange(200) < 100, classes, 0)])):
+        for logits, expected in ((weak, True), (good, False)):
+            rail_kd.warn_of_weak_teacher({"": logits.reshape(200, -1)}, {"": {"label": labels}})
+            assert ("!!!" in capsys.readouterr().out) == expected
+
+
 @whole_module
 def test_the_toy_runs_with_its_own_teacher_from_one_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -947,6 +968,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step_and_keeps_what_was_
     assert "step 3 of epoch 2" in error and error.count("\n") == 1
     kept = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
     assert len(kept["epochs"]) == 1 and (tmp_path / "out" / "student.pt").exists()
+
+
+def test_full_precision_needs_nothing_of_the_device():
+    with rail_kd.autocast("meta", "fp32"):  # a device that knows no autocast, as MPS in older versions of torch
+        assert (torch.ones(1) / 3).dtype == torch.float32
 
 
 def test_precision_is_bf16_on_chips_that_have_it_and_fp16_on_older_ones(monkeypatch):
@@ -1044,6 +1070,23 @@ def test_fingerprint_changes_with_weights_data_and_length_but_not_with_labels(an
         teacher.classifier.bias[0] += 1e-6
     others.append(rail_kd.fingerprint(teacher, data, 5))
     assert len({first, *others}) == 5
+
+
+@whole_module
+def test_two_runs_of_the_same_name_can_make_the_same_table_side_by_side(answers, tmp_path, monkeypatch):
+    teacher, data, tokenizer, settings = answers
+    real, calls = rail_kd.teacher_answers, itertools.count(1)
+
+    def meanwhile(*args):  # the second run asks for the table while the first one is writing it
+        if next(calls) == 2:
+            other = dataclasses.replace(settings, output_dir=str(tmp_path / "elsewhere" / "out"))
+            rail_kd.find_or_write_table(teacher, data, tokenizer, other, tmp_path)
+        return real(*args)
+    monkeypatch.setattr(rail_kd, "teacher_answers", meanwhile)
+    folder = rail_kd.find_or_write_table(teacher, data, tokenizer, settings, tmp_path)
+    assert next(calls) > 4, "both asked the teacher"
+    assert np.abs(np.load(folder / "pooled.npy")).sum(axis=(1, 2)).min() > 0, "every row was written"
+    assert [path.name for path in tmp_path.glob("table-*")] == [folder.name]
 
 
 @whole_module
@@ -1323,6 +1366,27 @@ def test_folder_without_a_model_and_teacher_of_another_number_of_classes_are_ref
     three = write_csv(tmp_path / "three.csv", [("a", 0), ("b", 1), ("c", 2)])
     assert "number of classes" in complaint(["--train-file", three, "--validation-file", three, "--teacher", world / "teacher",
                                              "--output-dir", tmp_path / "out"], capsys)
+
+
+@whole_module
+def test_models_without_an_attention_mask_are_refused(world, tmp_path):
+    config = transformers.FNetConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, intermediate_size=16, tpu_short_seq_length=16)
+    transformers.FNetForSequenceClassification(config).save_pretrained(tmp_path / "fnet")
+    transformers.AutoTokenizer.from_pretrained(world / "teacher").save_pretrained(tmp_path / "fnet")
+    refuses(lambda: rail_kd.load_classifier(str(tmp_path / "fnet"), datasets.ClassLabel(names=["bad", "good"]), "student"),
+            "without a mask the padding is part of every sentence")
+
+
+def test_code_that_comes_with_a_model_is_refused_without_asking(world, tmp_path, monkeypatch):
+    shutil.copytree(world / "teacher", tmp_path / "foreign")
+    config = json.loads((tmp_path / "foreign" / "config.json").read_text())
+    config |= {"model_type": "foreign", "auto_map": {"AutoConfig": "code.Foreign", "AutoModelForSequenceClassification": "code.Foreign"}}
+    (tmp_path / "foreign" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "foreign" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Foreign: pass\n")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    refuses(lambda: rail_kd.load_classifier(str(tmp_path / "foreign"), datasets.ClassLabel(names=["bad", "good"]), "teacher"), "foreign code")
+    assert not asked and not (tmp_path / "ran").exists()
 
 
 @whole_module
