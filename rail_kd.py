@@ -621,7 +621,8 @@ def load_classifier(name, feature, role):
         ValueError: nothing can be loaded, a trained teacher has another number of classes than the data, or the model is not an
             encoder with a padding token and an attention mask.
     """
-    try:  # code from the hub is never run (left out, transformers would ask), and weights are safetensors or read with weights_only
+    try:  # code from the hub is never run (without the False, a terminal is asked), and weights can't hold any: safetensors, or
+          # read with weights_only, which is the library's default
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, trust_remote_code=False, num_labels=getattr(feature, "num_classes", 1), ignore_mismatched_sizes=True,
