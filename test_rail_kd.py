@@ -1,4 +1,4 @@
-"""Tests of rail_kd.py. `pytest` runs everything, offline, on two CPU cores in less than three minutes.
+"""Tests of rail_kd.py. `pytest` runs everything, offline, on two CPU cores in two to three minutes.
 
 The name of each test says the property it checks. Expected values come from a few lines of float64 numpy or from a formula that
 can be checked by hand, never from the module itself. `pytest -k sample_layer_map` (or mean_pool, RailLoss, kd_loss,
