@@ -1,529 +1,779 @@
 """RAIL-KD in one file: random intermediate layer mapping for knowledge distillation.
 
-A small Transformer (the *student*) learns to imitate a large one (the *teacher*). It learns from three things at once:
+A small Transformer, the *student*, learns to imitate a large and frozen one, the *teacher*:
 
-    L  =  l1 * CE    the labels,
-       +  l2 * KD    the teacher's output distribution, softened by a temperature,
-       +  l3 * RAIL  the teacher's intermediate layers.
+    L  =  l1 * CE  +  l2 * KD  +  l3 * RAIL
 
-The third term needs to know which teacher layer teaches which student layer. RAIL-KD's answer is to *draw* the teacher
-layers at random, anew in every epoch, and to sort them, so that deeper student layers learn from deeper teacher layers:
+CE compares the student's output with the labels, KD with the teacher's output, and RAIL compares
+intermediate layers. Which teacher layer teaches which student layer? RAIL-KD draws the teacher
+layers at random in each epoch, and sorts them, so that deeper layers learn from deeper layers:
 
-    teacher layer   1  2  3  4  5  6  7  8  9  10  11  12          this epoch's draw, written 1←2 2←7 3←9:
-                       |              |     |          |
-                       |  mean over the real tokens    |           both sides are pooled to one vector a sentence,
-                       |  projection, unit length      |           projected to a shared width, scaled to length 1,
-                       v              v     v          v           and compared by their squared distance
-    student layer      1              2     3          4           (the last layers meet through the logits, in KD)
+    teacher layer    1    2    3    4    5    6    7    8    9   10   11   12
+                          |                        |         |              :
+                          v                        v         v              :
+    student layer         1                        2         3              4   <--  labels: CE
 
-The teacher is frozen, so it will say the same about a sentence in every epoch. It is asked once, before the training, and
-what it says (a row of logits and pooled layers for each example) is kept in a table on disk: the loop reads it from there.
+    arrows: RAIL. This epoch's draw is 2, 7, 9; the next epoch has another one.
+    dots:   KD. The last layers meet through the logits and take no part in the draw.
 
-Source: Haidar, Anchuri, Rezagholizadeh, Ghaddar, Langlais, Poupart, "RAIL-KD: RAndom Intermediate Layer Mapping for
-Knowledge Distillation", Findings of NAACL 2022, arXiv 2109.10164. Where the sources leave a choice open, the comment says
-"this reference's choice".
+At each arrow both outputs are averaged over the tokens of a sentence, projected to a shared width
+by a trained linear layer, and scaled to length 1. RAIL is their mean squared distance.
 
-    python rail_kd.py --task toy                           # two minutes on a laptop, offline
-    python rail_kd.py --task sst2 --student-layers 4       # BERT-base, 12 layers -> 4, on a GPU
+    python rail_kd.py --task toy --student-layers 4        # two minutes on a laptop, offline
+    python rail_kd.py --task sst2 --student-layers 4       # BERT-base, cut from 12 layers to 4
 
-The file is to be read from top to bottom, in the order of the method:
+TOY
 
-     1  settings                 5  the random map            9  the score
-     2  tools (skip them)        6  the losses               10  the whole job
-     3  data                     7  asking the teacher       11  the command line
-     4  teacher and student      8  the loop
+Source: Haidar, Anchuri, Rezagholizadeh, Ghaddar, Langlais, Poupart, "RAIL-KD: RAndom Intermediate
+Layer Mapping for Knowledge Distillation", Findings of NAACL 2022, arXiv 2109.10164. This file is
+unofficial, and was written without the paper's full text: from its abstract, its first table and
+two public re-implementations (aitsc/GLMKD and TKC002/CILDA-plus-minILD). Who decided what:
 
-Letters in shapes:  B sentences in a batch,  L tokens in a sentence,  N training examples,  C classes (1 for a regression),
-n teacher layers of width d_t, c of them candidates (n-1, or n with --include-last),  m student layers of width d_s,
-k pairs of layers,  u the width of the projections.
+    draw once per epoch, sorted; weighted sum of the losses, equation (4)     the paper
+    weights 1/3 each; u = 128; mean over tokens, projection, unit length      both of the latter
+    candidates 1..n-1, k = m-1 pairs: the last layers stay out of the draw    one of them (GLMKD)
+    one projection per side, shared by all pairs; squared distance            one of them (GLMKD)
+    mean over the k pairs, so that RAIL lies in [0, 4]                        ours
+    padding is left out of the mean over tokens                               ours (not theirs)
+    projections with a bias, at the learning rate of the student              ours
+    temperature 2 (the factor T^2 is standard)                                ours (theirs: 10, 1)
+    10 epochs, learning rate 5e-5, a tenth of the steps is warm-up            ours (one: 20, 2e-5)
+    the student starts from evenly spaced layers of its teacher               ours
+    --centre, the remedy for the trivial answer of section 2, off by default  ours
+
+Letters: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for a
+regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, width u
+of the projections, temperature T.
+
+The method is 1 the draw, 2 the losses, 3 one step and the loop; a reader can stop there. Then:
+4 the teacher's outputs, 5 teacher and student, 6 data, 7 scores, 8 settings, 9 the whole job,
+10 files and command line.
 """
-import argparse
 import contextlib
 import copy
+import csv
 import dataclasses
-import functools
-import hashlib
 import inspect
-import io
 import json
-import logging
 import math
 import os
-import platform
+import re
+import shlex
 import shutil
 import sys
 import time
-import warnings
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import numpy as np
-import tokenizers
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Settings
-# ---------------------------------------------------------------------------------------------------------------------
-
-# GLUE's tasks: the columns that hold the text, and the metrics that the benchmark reports.
-GLUE = {
-    "cola": (["sentence"], ["matthews_correlation"]),
-    "sst2": (["sentence"], ["accuracy"]),
-    "mrpc": (["sentence1", "sentence2"], ["accuracy", "f1"]),
-    "stsb": (["sentence1", "sentence2"], ["pearson", "spearmanr"]),
-    "qqp": (["question1", "question2"], ["accuracy", "f1"]),
-    "mnli": (["premise", "hypothesis"], ["accuracy"]),
-    "qnli": (["question", "sentence"], ["accuracy"]),
-    "rte": (["sentence1", "sentence2"], ["accuracy"]),
-    "wnli": (["sentence1", "sentence2"], ["accuracy"]),
-}
-
-# Defaults that depend on the task: (real text with a pretrained teacher, the toy with a teacher trained from scratch). Ten
-# and eight epochs: with one draw in each and 12 -> 4 layers, a given teacher layer then teaches with a probability of 96 and 92 %.
-DEFAULTS = {
-    "teacher": ("bert-base-uncased", None),
-    "epochs": (10, 8),
-    "teacher_epochs": (3, 5),
-    "learning_rate": (5e-5, 5e-4),
-    "warmup_ratio": (0.0, 0.1),
-    "max_train_examples": (None, 1000),
-}
-
-# What numbers may be; `resolve` checks it.
-AT_LEAST = {"student_layers": 1, "projection_size": 1, "epochs": 1, "teacher_epochs": 1, "batch_size": 1, "max_length": 4,
-            "max_train_examples": 1, "seed": 0, "weight_decay": 0, "warmup_ratio": 0}
-ABOVE = {"learning_rate": 0, "projection_learning_rate": 0, "temperature": 0}
-BELOW = {"warmup_ratio": 1, "seed": 2 ** 63}
-
-
-def option(default, text, choices=None, **more):
-    """A field of `Settings`: its default, the sentence that `--help` shows, and the values it may have."""
-    more |= {"help": text} | ({"choices": choices} if choices else {})
-    if isinstance(default, list):  # each Settings its own list
-        return dataclasses.field(default_factory=default.copy, metadata=more)
-    return dataclasses.field(default=default, metadata=more)
-
-
-@dataclasses.dataclass
-class Settings:
-    """Everything that a run depends on. `transformers.HfArgumentParser` makes a command-line flag of each field."""
-
-    # What to learn.
-    task: str | None = option(None, "'toy' (the default, made on the spot) or a GLUE task from the hub.", ["toy", *GLUE])
-    train_file: str | None = option(None, "Own CSV or JSON lines instead: columns sentence (or sentence1), perhaps sentence2, label.")
-    validation_file: str | None = option(None, "Own validation data with the same columns.")
-    eval_file: list[str] = option([], "Further files to score teacher and student on, say of another domain.", action="extend")
-    max_train_examples: int | None = option(None, "Use at most the first N training examples. Default: all; the toy makes 1000.")
-    max_length: int = option(128, "Cut longer inputs to this many tokens.")
-    # From whom, and who.
-    teacher: str | None = option(None, "Hub name or folder. Default: bert-base-uncased; for the toy, 12 layers made on the spot.")
-    teacher_epochs: int | None = option(None, "Epochs of fine-tuning for a teacher that has no trained classifier. Default: 3; toy 5.")
-    student_layers: int | None = option(None, "Cut a student with this many layers from the teacher. Default: a third of its layers, at least 2.")
-    student: str | None = option(None, "Instead: hub name or folder of a student of any width, architecture and tokenizer.")
-    # How: the method.
-    mapping: str = option("random", "Teacher layers: a sorted random draw (random: RAIL-KD), evenly spaced ones (skip), the last ones "
-                          "(last), all of them weighted (attention), or none (CE and KD only); finetune: the labels alone, from the "
-                          "same start.",
-                          ["random", "skip", "last", "attention", "none", "finetune"])
-    variant: str = option("layerwise", "Compare pair by pair (RAIL-KD^l) or concatenated (RAIL-KD^c).", ["layerwise", "concat"])
-    resample: str = option("epoch", "Draw a new random map for each epoch or for each step.", ["epoch", "step"])
-    include_last: bool = option(False, "Let the last layers of both sides take part in the map.")
-    projection_size: int = option(128, "Width u to which the pooled layers of both sides are projected.")
-    projection: list[str] = option([], "Changes to the projections, all off by default: a map for each pair of layers (separate), no "
-                                   "bias (no-bias), a teacher's map that stays as drawn (frozen-teacher), the mean over the batch (in "
-                                   "each process) taken off both sides before they get unit length (centred).",
-                                   ["separate", "no-bias", "frozen-teacher", "centred"])
-    projection_learning_rate: float | None = option(None, "Peak learning rate of the projections. Default: --learning-rate.")
-    temperature: float = option(2.0, "Softens both output distributions in KD.")
-    weights: list[float] = option([1 / 3] * 3, "The weights of CE, KD and RAIL; they must sum to 1. --mapping none rescales the first two, "
-                                  "finetune has CE alone.")
-    # How: the training.
-    epochs: int | None = option(None, "Epochs of distillation. Default: 10; toy 8.")
-    batch_size: int = option(32, "Examples in a step, over all processes together.")
-    learning_rate: float | None = option(None, "Peak learning rate of AdamW, also for fine-tuning a teacher. Default: 5e-5; toy 5e-4.")
-    warmup_ratio: float | None = option(None, "Share of the steps in which the rate rises; then it falls to 0. Default: 0; toy 0.1.")
-    weight_decay: float = option(0.0, "Weight decay of AdamW.")
-    teacher_table: str = option("on", "Ask the teacher once, before the training (on), or again in each step (off).", ["on", "off"])
-    seed: int = option(0, "Everything random comes from this number.")
-    # Where.
-    device: str = option("auto", "Where to compute; auto: CUDA, else MPS, else the CPU.", ["auto", "cuda", "mps", "cpu"])
-    precision: str = option("auto", "Of the forward pass; auto: on CUDA bf16, or fp16 where the chip has no bf16; else fp32.",
-                            ["auto", "fp32", "bf16", "fp16"])
-    compile: bool = option(False, "Run the student through torch.compile.")
-    output_dir: str | None = option(None, "Folder for the results, new or empty. Default: a new one in runs/.")
-    resume: str | None = option(None, "Folder of an interrupted run, to go on after its last finished epoch.")
-
-    def resolve(self):
-        """These settings with every default filled in and every value checked. Raises ValueError, one sentence."""
-        new, own_files = dataclasses.replace(self), self.train_file or self.validation_file
-        if own_files and new.task:
-            raise ValueError(f"--task {new.task} and own files exclude each other: give one of them")
-        if own_files and not (new.train_file and new.validation_file):
-            raise ValueError("--train-file and --validation-file belong together: give both")
-        new.task = new.task or (None if own_files else "toy")
-        for name, values in DEFAULTS.items():
-            if getattr(new, name) is None:
-                setattr(new, name, values[new.task == "toy"])
-        for field in dataclasses.fields(new):
-            name, value, flag = field.name, getattr(new, field.name), f"--{field.name.replace('_', '-')}"
-            if value is None:
-                continue
-            for one in value if isinstance(value, list) else [value]:
-                if one not in field.metadata.get("choices", [one]):
-                    raise ValueError(f"{flag} {one}: choose from {', '.join(field.metadata['choices'])}")
-            # Written so that NaN, which fails every comparison, is refused too.
-            if name in AT_LEAST and not AT_LEAST[name] <= value < math.inf:
-                raise ValueError(f"{flag} {value}: must be a number of at least {AT_LEAST[name]}")
-            if name in ABOVE and not ABOVE[name] < value < math.inf:
-                raise ValueError(f"{flag} {value}: must be a number above {ABOVE[name]}")
-            if name in BELOW and not value < BELOW[name]:
-                raise ValueError(f"{flag} {value}: must be below {BELOW[name]}")
-        if new.task == "toy" and new.max_train_examples > 100_000:  # its teacher needs 8 times as many, and no two are the same
-            raise ValueError("--max-train-examples: the toy makes at most 100000 training examples")
-        if new.student and new.student_layers:
-            raise ValueError("--student and --student-layers exclude each other: a named student has its own layers")
-        if new.mapping == "attention" and new.variant == "concat":
-            raise ValueError("--mapping attention needs --variant layerwise: a concatenation has no pairs to weigh")
-        if "separate" in new.projection and (new.mapping == "attention" or new.variant == "concat"):
-            raise ValueError("--projection separate needs --variant layerwise and one teacher layer for each pair, which --mapping "
-                             "attention does not have")
-        objective_weights(new.mapping, new.weights)
-        new.device, new.precision = resolve_device(new.device, new.precision)
-        if not new.resume:  # a resumed run writes where it wrote before
-            kind = [new.mapping, new.variant] if new.mapping == "random" else [new.mapping]
-            name = "-".join([new.task or Path(new.train_file).stem, *kind, f"seed{new.seed}", time.strftime("%Y%m%d-%H%M%S")])
-            folder = Path(new.output_dir or Path("runs") / name)
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise ValueError(f"--output-dir {folder} is in use: nothing is ever overwritten, so name a new folder")
-            home = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-            if not home.is_dir() or not os.access(home, os.W_OK):
-                raise ValueError(f"--output-dir {folder}: {home} is not a folder that can be written to")
-            new.output_dir = str(folder)
-        return new
-
-
-def objective_weights(mapping, weights):
-    """The weights of (CE, KD, RAIL) that a mapping leaves: `none` has no RAIL and `finetune` no teacher at all.
-
-    Raises ValueError unless there are three weights >= 0 that sum to 1, with something left to learn from.
-    """
-    combined_loss(0.0, 0.0, 0.0, weights)  # what three weights must be is said there, in section 6
-    if mapping == "finetune":
-        return [1.0, 0.0, 0.0]
-    if mapping == "none":
-        if weights[0] + weights[1] == 0:
-            raise ValueError("--mapping none leaves nothing to learn from: the weights of CE and KD are both 0")
-        return [weights[0] / (weights[0] + weights[1]), weights[1] / (weights[0] + weights[1]), 0.0]
-    return list(weights)
-
-
-def resolve_device(device, precision):
-    """("auto", "auto") -> for example ("cuda", "bf16"). Raises ValueError where the machine has no such thing."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        device = next(name for name, found in here.items() if found)
-    if not here[device]:
-        raise ValueError(f"--device {device}: this machine has none that torch can use; try --device auto")
-    if precision == "auto":
-        # A T4 computes in bf16 too when asked, by emulation and slowly. Only the chip's generation tells (8 = Ampere).
-        precision = "fp32" if device != "cuda" else "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    if (precision == "fp16" and device != "cuda") or (precision == "bf16" and device == "mps"):
-        raise ValueError(f"--precision {precision} is not offered on {device}; use fp32" + ", or bf16" * (device == "cpu"))
-    return device, precision
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Tools
-# ---------------------------------------------------------------------------------------------------------------------
-# Printing, and writing files so that they appear whole or not at all. On a first reading, skip to section 3.
-
-def quiet():
-    """Switches off what the libraries say about things that a user can't change; their errors still come through."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    # The schedule counts a step that fp16 scaling had to skip; a handful of such steps at the start does no harm.
-    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-
-
-def processes():
-    """(rank, world): (0, 1) for one process, and what torchrun says for several. A first reader can skip what uses it."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def barrier():
-    """Waits until every process is here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def agree(value):
-    """The value that process 0 has, for all processes."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
-def say(text="", file=None):
-    """Prints, in one process of all (also before they have joined)."""
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(text, file=file or sys.stdout)
-        (file or sys.stdout).flush()
-
-
-def progress(iterable, text, total):
-    """A progress bar that disappears when it is done; none where the output is not a terminal."""
-    return tqdm(iterable, text, total, leave=False, disable=True if processes()[0] else None, dynamic_ncols=True)
-
-
-@contextlib.contextmanager
-def whole(path, owner=""):
-    """Yields a temporary path; the file or folder written there appears as `path` whole, or not at all.
-
-    Every process enters, process 0 writes (or all of them share the work), and all leave when it is there. A folder that is
-    there already stays: it was whole. A full disk or a crash leaves what was at `path` before. Raises OSError.
-    """
-    part, rank = path.with_name(f"{path.name}{owner}.part"), processes()[0]
-
-    def remove():
-        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
-
-    try:
-        if rank == 0:
-            remove()  # what a killed process left
-        yield part
-        barrier()
-        if rank == 0:
-            for file in [part] if part.is_file() else part.rglob("*"):
-                with open(file, "r+b") as written:
-                    os.fsync(written.fileno())  # first all bytes reach the disk, then the name changes, in one step
-            remove() if path.is_dir() else os.replace(part, path)
-        barrier()
-    except (OSError, SafetensorError) as error:
-        remove()
-        raise OSError(f"{path} could not be written ({first_line(error)}); what was there before is unchanged") from error
-    except BaseException:
-        remove()
-        raise
-
-
-def save_json(path, content):
-    """Writes a JSON file whole or not at all."""
-    with whole(path) as part:
-        if processes()[0] == 0:
-            part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def first_line(error):
-    """An exception's first line of text, for a message of one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
-
-
-def human_bytes(size):
-    """1234567 -> '1.2 MB'."""
-    power = min(int(math.log10(max(size, 1))) // 3, 4)
-    return f"{size / 1000 ** power:.1f} {['B', 'kB', 'MB', 'GB', 'TB'][power]}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Data
-# ---------------------------------------------------------------------------------------------------------------------
-# Every source (the toy, GLUE, own files) ends as a `datasets.Dataset` with the columns sentence1, sometimes sentence2, and
-# label. The label column knows its own type: a ClassLabel with the names of the classes, or a float for a regression. So
-# nothing else about the task has to be carried around.
+# ---- 1. The draw -------------------------------------------------------------------------------
+# Two facts, which the tests and the notebook check:
 #
-# The toy exists so that the method can be seen at work in two minutes without a network. It tells the story that distillation
-# is for: somebody had 8,000 carefully labelled sentences and trained a large model on them. You have that model, 1,000 other
-# sentences, and labels of which a fifth is wrong. What the model thinks of your sentences is worth more than your labels.
+#   The mean is evenly spaced. The i-th smallest of k uniform draws from 1..n-1 has the mean
+#   i*n/(k+1) = i*n/m: for 12 -> 4 the layers 3, 6, 9, the map that PKD calls "skip". Only the
+#   means agree: student layer 1's most likely partner is 1, and 3, 6, 9 comes once in 165 draws.
+#
+#   All layers teach, though a step pays for k pairs only. A layer is left out of one epoch with
+#   probability 1 - k/(n-1), of E epochs with that to the power E: for 12 -> 4, 72.7 % after one
+#   epoch, 20.3 % after 5, 4.1 % after 10.
 
+
+def sample_layer_map(num_teacher_layers, num_student_layers, rng):
+    """RAIL-KD's draw: the teacher layers that teach the student layers 1, 2, ..., m-1.
+
+    k = m-1 distinct layers are drawn uniformly, without replacement, from the intermediate layers
+    1..n-1 of the teacher, and sorted ascending. Layers count from 1, like the positions of
+    `hidden_states`; position 0 holds the embeddings.
+
+    Args:
+        num_teacher_layers, num_student_layers: n and m.
+        rng: np.random.Generator, the only source of randomness.
+    Returns:
+        Ascending int array (k,).
+    Raises:
+        ValueError: m < 2 (no intermediate layer to teach) or m > n. Here and in the functions
+            below, the message is a sentence that says what is wrong.
+    """
+    ### BEGIN SOLUTION
+    if not 2 <= num_student_layers <= num_teacher_layers:
+        raise ValueError(f"{num_student_layers} student layers and {num_teacher_layers} teacher "
+                         "layers: the student needs 2 or more, and not more than its teacher")
+    candidates = np.arange(1, num_teacher_layers)                               # 1..n-1
+    return np.sort(rng.choice(candidates, size=num_student_layers - 1, replace=False))
+    ### END SOLUTION
+
+
+def choose_layers(settings, num_teacher_layers, num_student_layers, epoch, step=0):
+    """The teacher layers of an epoch, as `settings.mapping` says: int array (k,), or None.
+
+    Only the map changes between mappings. `skip` and `last` are the maps of PKD (Sun et al. 2019),
+    `attention` that of ALP-KD (Passban et al. 2021), all n-1 candidates for each student layer;
+    pooling, projection and loss stay. They are not the full recipes of those papers.
+    """
+    n, m = num_teacher_layers, num_student_layers
+    if settings.mapping == "random":
+        # Seeded anew each time: a generator for the whole run would make the map depend on what
+        # was drawn before, and a resumed run would go on with other layers.
+        key = [settings.seed, epoch] + ([step] if settings.resample == "step" else [])
+        return sample_layer_map(n, m, np.random.default_rng(key))
+    if settings.mapping == "skip":
+        return np.array([round(i * n / m) for i in range(1, m)])   # round() takes halves to even
+    if settings.mapping == "last":
+        return np.arange(n - m + 1, n)
+    return np.arange(1, n) if settings.mapping == "attention" else None
+
+
+# ---- 2. The losses -----------------------------------------------------------------------------
+#   student: k layers (B, S, d_s) - mean -> (B, k, d_s) - student_proj -> (B, k, u) - unit -> s
+#   teacher: k layers (B, S, d_t) - mean -> (B, k, d_t) - teacher_proj -> (B, k, u) - unit -> t
+#
+#   RAIL = mean over the batch of  sum_i a_i * || s_i - t_i ||^2,  with a_i = 1/k
+#
+# Between unit vectors || s - t ||^2 = 2 - 2 cos(s, t): 0 for one direction, 4 for opposite ones.
+#
+# The trivial answer. Both projections are trained, so the loss also falls when both send every
+# sentence in one direction. It is near 0 then, and teaches nothing. A low loss does not show this;
+# the mean cosine of *different* sentences after the teacher's projection does. If that is c, one
+# vector for all sentences already brings the loss down to about 2 - 2 sqrt(c).
+# Centring takes this answer away: each side loses its mean over the batch before it gets unit
+# length. What all sentences share is gone, and one vector for all of them leaves the loss at 2.
+
+
+def mean_pool(hidden_states, attention_mask):
+    """One vector per sentence: the mean of a layer's output over the real tokens.
+
+    Padding stays out, whatever it holds, even NaN. Otherwise the loss of a sentence would depend
+    on how long its neighbours in the batch are.
+
+    Args:
+        hidden_states: (B, S, d), any float type.
+        attention_mask: (B, S), any type: 1 for a real token, 0 for padding.
+    Returns:
+        (B, d) in float32, summed in float32 too; zeros for a row without real tokens.
+    Raises:
+        ValueError: shapes other than (B, S, d) and (B, S).
+    """
+    ### BEGIN SOLUTION
+    if hidden_states.dim() != 3 or hidden_states.shape[:2] != attention_mask.shape:
+        raise ValueError(f"hidden states {tuple(hidden_states.shape)} and attention mask "
+                         f"{tuple(attention_mask.shape)} must be (B, S, d) and (B, S)")
+    mask = attention_mask.bool().unsqueeze(-1)                                  # (B, S, 1)
+    # Not multiplied by the mask: 0 * NaN is NaN.
+    total = hidden_states.float().masked_fill(~mask, 0.0).sum(dim=1)            # (B, d)
+    return total / mask.sum(dim=1).clamp(min=1)                                 # (B, d) / (B, 1)
+    ### END SOLUTION
+
+
+class RailLoss(nn.Module):
+    """The intermediate loss: project, normalise, compare.
+
+    Variant "layerwise" (RAIL-KD^l) compares pair by pair, "concat" (RAIL-KD^c) joins the k vectors
+    of a side first, "attention" is layer-wise with all teacher candidates for each student layer.
+    The projections are trained with the student and thrown away afterwards.
+
+    Args:
+        teacher_dim, student_dim, num_pairs, projection_size: d_t, d_s, k and u.
+        centre: take the mean over the batch off both sides; a batch of one then has loss 0.
+    Raises:
+        ValueError: an unknown variant, or a size below 1.
+    """
+
+    def __init__(self, teacher_dim, student_dim, num_pairs, variant="layerwise",
+                 projection_size=128, centre=False):
+        super().__init__()
+        if variant not in ("layerwise", "concat", "attention"):
+            raise ValueError(f"variant {variant!r} is not one of layerwise, concat, attention")
+        if min(teacher_dim, student_dim, num_pairs, projection_size) < 1:
+            raise ValueError("widths, number of pairs and projection size must be at least 1")
+        self.num_pairs, self.variant, self.centre = num_pairs, variant, centre
+        joined = num_pairs if variant == "concat" else 1
+        # Attributes: modules in a plain list would never be moved to the GPU, trained or saved.
+        self.teacher_proj = nn.Linear(joined * teacher_dim, projection_size)
+        self.student_proj = nn.Linear(joined * student_dim, projection_size)
+
+    def project(self, linear, pooled):
+        """One side before it gets unit length: (B, k, d) -> (B, k, u), or (B, u) for concat."""
+        vectors = linear(pooled.flatten(1) if self.variant == "concat" else pooled)
+        if self.centre:
+            vectors = vectors - vectors.mean(dim=0)
+        return vectors
+
+    def forward(self, student_pooled, teacher_pooled):
+        """Mean squared distance of the projected unit vectors, over pairs and batch: in [0, 4].
+
+        Both sides go through `self.project`, each with its own projection, and are then divided by
+        their L2 norm (zero vectors stay zero). Layer-wise, row i of one side meets row i of the
+        other. With attention, the teacher's vector of pair i is the sum of all projected
+        candidates, weighted by the softmax of their dot products with the projected student vector
+        i, before the norm is taken. Returns a scalar; no gradient flows into `teacher_pooled`.
+
+        Args:
+            student_pooled: (B, k, d_s).
+            teacher_pooled: (B, k, d_t), the mapped layers; with attention (B, n-1, d_t), all.
+        Raises:
+            ValueError: a side without exactly k rows (with attention: the student's side), or
+                batches of different size.
+        """
+        ### BEGIN SOLUTION
+        k = self.num_pairs if self.variant == "attention" else teacher_pooled.shape[1]
+        if k != self.num_pairs or student_pooled.shape[:2] != (len(teacher_pooled), k):
+            raise ValueError(f"student {tuple(student_pooled.shape)} and teacher "
+                             f"{tuple(teacher_pooled.shape)} do not make {self.num_pairs} pairs "
+                             "of layers for each sentence")
+        s = self.project(self.student_proj, student_pooled)                     # (B, k, u)
+        t = self.project(self.teacher_proj, teacher_pooled.detach())            # (B, k, u)
+        if self.variant == "attention":                                         # t: (B, n-1, u)
+            t = torch.softmax(s @ t.transpose(1, 2), dim=-1) @ t                # (B, k, u)
+        s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)                   # length 1
+        return (s - t).pow(2).sum(dim=-1).mean()
+        ### END SOLUTION
+
+
+def kd_loss(student_logits, teacher_logits, temperature):
+    """T^2 * KL(softmax(z_t / T) || softmax(z_s / T)), batch mean, a scalar (Hinton et al. 2015).
+
+    A higher T shows more of what the teacher thinks of the wrong classes. The gradient of the
+    softened KL shrinks as 1/T^2; the factor T^2 keeps the weight of the term the same. For a
+    regression, (B, 1): the mean squared error. No gradient flows into `teacher_logits`.
+
+    Args:
+        student_logits, teacher_logits: (B, C).
+        temperature: T > 0, finite; checked, but not used, for a regression too.
+    Raises:
+        ValueError: shapes that differ or are not (B, C), or another temperature.
+    """
+    ### BEGIN SOLUTION
+    if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
+        raise ValueError(f"student logits {tuple(student_logits.shape)} and teacher logits "
+                         f"{tuple(teacher_logits.shape)} must have one shape (B, C)")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature {temperature} must be a positive finite number")
+    if student_logits.shape[1] == 1:
+        return F.mse_loss(student_logits, teacher_logits.detach())
+    # F.kl_div(a, b) is KL(b || a): the student comes first, both as *log*-probabilities. The
+    # default reduction "mean" divides by B * C: the weight would depend on the number of classes.
+    student = F.log_softmax(student_logits / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.detach() / temperature, dim=-1)
+    return temperature ** 2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    ### END SOLUTION
+
+
+def combined_loss(ce, kd, rail, weights):
+    """The objective l1 * CE + l2 * KD + l3 * RAIL, a scalar: equation (4) of the paper.
+
+    Args:
+        ce, kd, rail: scalars, tensors (gradients flow back) or plain numbers.
+        weights: (l1, l2, l3), each >= 0, together 1.
+    Raises:
+        ValueError: not three weights, a negative one, NaN, or a sum other than 1 (by over 1e-6).
+    """
+    ### BEGIN SOLUTION
+    if len(weights) != 3 or not all(w >= 0 for w in weights) or abs(sum(weights) - 1) > 1e-6:
+        raise ValueError(f"weights {' '.join(map(str, weights))}: must be three numbers >= 0, for "
+                         "CE, KD and RAIL, that sum to 1")
+    return weights[0] * ce + weights[1] * kd + weights[2] * rail
+    ### END SOLUTION
+
+
+# ---- 3. One step, and the loop -----------------------------------------------------------------
+
+
+class Distiller(nn.Module):
+    """All that is trained: the student and the projections. Its forward pass is one step."""
+
+    def __init__(self, student, rail, settings):
+        super().__init__()
+        self.student, self.rail, self.settings = student, rail, settings
+
+    def forward(self, batch, teacher_logits=None, teacher_pooled=None):
+        """The losses CE, KD and RAIL of a batch {input_ids (B, S), ..., labels (B,)}.
+
+        Without teacher_logits (B, C) there is no KD, without a RailLoss no RAIL: they are 0 then.
+        teacher_pooled is (B, k, d_t).
+        """
+        layers = range(1, self.student.config.num_hidden_layers) if self.rail is not None else ()
+        logits, pooled = outputs_of(self.student, batch, self.settings.precision, layers)
+        ce = label_loss(logits, batch["labels"])
+        kd = rail = torch.zeros_like(ce)
+        if teacher_logits is not None:
+            kd = kd_loss(logits, teacher_logits, self.settings.temperature)
+        if self.rail is not None:
+            rail = self.rail(pooled, teacher_pooled)                            # (B, k, d) each
+        return ce, kd, rail
+
+
+def train(distiller, data, tokenizer, settings, state_file, score, report,
+          teacher_outputs=lambda rows, layers: (), num_teacher_layers=None):
+    """Trains a Distiller in place; returns the history, one dict per epoch.
+
+    Without `teacher_outputs` it learns from the labels alone: so a teacher is fine-tuned. All that
+    is random is seeded by (seed, epoch), and the state is saved after each epoch. A killed run,
+    started again, goes on from there and ends, on a CPU bit for bit, as it would have.
+
+    Args:
+        data, tokenizer, state_file: N encoded rows, what pads them, where the state is saved.
+        score, report: called after each epoch: score(layers) -> {metric: value}, report(history).
+        teacher_outputs: (rows, layers) -> logits (B, C), pooled layers (B, k, d_t); section 4.
+    Raises:
+        FloatingPointError: the loss is NaN or infinite. ValueError: a state of other data.
+    """
+    (rank, world), m = processes(), distiller.student.config.num_hidden_layers
+    steps, lengths = math.ceil(len(data) / settings.batch_size), lengths_of(data)
+    optimizer, schedule, scaler = make_optimizer(distiller, settings, steps * settings.epochs)
+    parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    history = load_state(state_file, parts, data)
+    model = distiller
+    if world > 1:
+        model = nn.parallel.DistributedDataParallel(distiller, find_unused_parameters=True)
+
+    for epoch in range(len(history) + 1, settings.epochs + 1):
+        start = time.perf_counter()
+        layers = choose_layers(settings, num_teacher_layers, m, epoch)          # the draw: (k,)
+        seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
+        torch.manual_seed(seed + rank)                                          # for dropout
+        losses = torch.zeros(4, device=distiller.student.device)   # sums, read after the epoch
+        distiller.train()
+        batches = length_batches(lengths, settings.batch_size, seed)
+        for step, rows in enumerate(progress(batches, f"epoch {epoch}")):
+            if settings.resample == "step":
+                layers = choose_layers(settings, num_teacher_layers, m, epoch, step)
+            # Each process does its share. One that is left without a row does any, with factor 0.
+            own, factor = rows[rank::world] or rows[:1], len(rows[rank::world]) / len(rows)
+            batch = make_batch(data, tokenizer, own, losses.device)
+            ce, kd, rail = model(batch, *teacher_outputs(own, layers))
+            loss = combined_loss(ce, kd, rail, settings.weights)
+            scaler.scale(loss * factor * world).backward()    # gradients are averaged over processes
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            optimizer.zero_grad()
+            losses += torch.stack([ce, kd, rail, loss]).detach() * factor * len(rows) / len(data)
+        history.append(epoch_record(settings, epoch, layers, losses, len(data), start) | score(layers))
+        save_state(state_file, parts, data, history)
+        report(history)
+    return history
+
+
+def label_loss(logits, labels):
+    """CE of logits (B, C) and class numbers (B,); the squared error for a regression, (B, 1)."""
+    if logits.shape[1] == 1:
+        return F.mse_loss(logits.squeeze(1), labels)
+    return F.cross_entropy(logits, labels)
+
+
+def outputs_of(model, batch, precision="fp32", layers=()):
+    """Logits (B, C) and pooled outputs of `layers` (B, k, d), or None without any; in float32."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    kind = torch.float16 if precision == "fp16" else torch.bfloat16
+    with torch.autocast(model.device.type, kind, enabled=precision != "fp32"):
+        output = model(**inputs, output_hidden_states=len(layers) > 0)
+    # hidden_states[0] is the output of the embeddings, hidden_states[j] that of layer j.
+    pooled = [mean_pool(output.hidden_states[j], batch["attention_mask"]) for j in layers]
+    return output.logits.float(), torch.stack(pooled, dim=1) if pooled else None
+
+
+def make_optimizer(distiller, settings, steps):
+    """AdamW, its schedule (a tenth of the steps is warm-up, then down to 0), and fp16's scaler.
+
+    New projections start from random numbers, so they may have a rate of their own. In fp16 small
+    gradients would become 0: the scaler multiplies the loss, and divides the gradients again.
+    """
+    rates = [settings.learning_rate, settings.projection_learning_rate or settings.learning_rate]
+    groups = [{"params": p.parameters(), "lr": r} for p, r in zip(distiller.children(), rates)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    kind = distiller.student.device.type
+    return optimizer, schedule, torch.amp.GradScaler(kind, enabled=settings.precision == "fp16")
+
+
+def length_batches(lengths, batch_size, seed):
+    """Row numbers in batches of similar length, in random order; each row stands in one batch.
+
+    Attention costs what the longest sentence of a batch costs: sentences of 25 tokens, padded to
+    128, would waste four fifths of the work.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = get_length_grouped_indices(lengths, batch_size, generator=generator)
+    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+
+def epoch_record(settings, epoch, layers, losses, num_examples, start):
+    """What the history keeps of an epoch; the losses are means over examples."""
+    if processes()[1] > 1:
+        torch.distributed.all_reduce(losses)
+    if not torch.isfinite(losses).all():
+        raise FloatingPointError(f"the loss is NaN or infinite in epoch {epoch}: start anew with a "
+                                 "lower --learning-rate, or with --precision fp32")
+    one_map = settings.mapping in ("random", "skip", "last") and settings.resample == "epoch"
+    record = {"epoch": epoch, "layers": layers.tolist() if one_map else None}
+    record |= dict(zip(("ce", "kd", "rail", "total"), losses.tolist()))
+    seconds = time.perf_counter() - start
+    return record | {"seconds": seconds, "examples_per_second": num_examples / seconds}
+
+
+# ---- 4. The teacher's outputs ------------------------------------------------------------------
+# A frozen teacher says the same about a sentence in every epoch, and RAIL-KD wants no more of it
+# than a row of logits and one pooled vector per layer. So it runs over the training data once,
+# and the loop looks its outputs up. A step costs about three forward passes of the student (one
+# forward, two for the backward pass); a live teacher, n/m times as deep, would add n/m of them in
+# every epoch. Since only sentence vectors are compared, teacher and student may differ in width,
+# architecture and even tokenizer.
+
+
+def make_batch(data, tokenizer, rows, device):
+    """Rows of encoded data, padded to their longest: {input_ids (B, S), ..., labels (B,)}."""
+    batch = transformers.DataCollatorWithPadding(tokenizer)(data[rows])
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+@torch.no_grad()
+def predict(model, data, tokenizer, precision="fp32", pooled=None):
+    """The logits of a model for encoded data, in their order: float32 array (N, C).
+
+    If `pooled` (N, n, d) is given, it is filled with the pooled outputs of all layers. Several
+    processes share the work. Raises FloatingPointError for outputs that are NaN or infinite.
+    """
+    model.eval()                                   # with dropout, a teacher would be noisy
+    rank, world = processes()
+    layers = () if pooled is None else range(1, pooled.shape[1] + 1)
+    logits = torch.zeros(len(data), model.config.num_labels, device=model.device)
+    batches = length_batches(lengths_of(data), 64, seed=0)
+    for rows in progress(batches[rank::world], "forward passes"):
+        batch = make_batch(data, tokenizer, rows, model.device)
+        logits[rows], vectors = outputs_of(model, batch, precision, layers)
+        if layers:
+            pooled[rows] = vectors.to(pooled)
+            logits[rows] += 0 * pooled[rows].sum().to(logits)   # NaN if a vector is not finite
+    if world > 1:
+        torch.distributed.all_reduce(logits)
+    if not torch.isfinite(logits).all():
+        raise FloatingPointError("a model puts out NaN or infinity: it is broken, or it diverged")
+    return logits.cpu().numpy()
+
+
+def teacher_table(teacher, data, tokenizer, settings, place):
+    """Runs the frozen teacher over the training data once, and returns a function that looks up:
+    (rows, layers) -> logits (B, C), pooled layers (B, k, d_t), in float32.
+
+    The layers lie in a file that is mapped into memory, in half precision: MNLI and 24 layers of
+    width 1024 make 19 GB. A table that an earlier run left in the folder `place` is used again.
+    Its name is a hash of all it depends on: tokens, weights, configuration and pooling. Raises
+    ValueError where the disk has too little space.
+    """
+    weights = [tensor.cpu() for tensor in teacher.state_dict().values()]
+    name = fingerprint(data.remove_columns("label"), weights, teacher.config.to_json_string(),
+                       tokenizer.padding_side, settings.precision, mean_pool.__code__)
+    folder, device = place / f"table-{name}", teacher.device
+    shape = len(data), teacher.config.num_hidden_layers, teacher.config.hidden_size
+
+    def layers_in(folder, write=False):                                         # (N, n, d_t)
+        path, size = str(folder / "pooled.bin"), math.prod(shape)
+        return torch.from_file(path, write, size, dtype=torch.float16).view(shape)
+
+    def write(part):
+        part.mkdir(exist_ok=True)
+        pooled = layers_in(part, write=True)
+        np.save(part / "logits.npy", predict(teacher, data, tokenizer, settings.precision, pooled))
+
+    if not of_first(folder.is_dir()):
+        log(f"The teacher runs once; {2e-6 * math.prod(shape):,.1f} MB of outputs go to {folder}")
+        if 2 * math.prod(shape) > shutil.disk_usage(place).free:
+            raise ValueError(f"{place} has too little space for them: lower --max-train-examples")
+        save(folder, write, everywhere=True)
+    pooled, logits = layers_in(folder), torch.from_numpy(np.load(folder / "logits.npy"))
+
+    def teacher_outputs(rows, layers):
+        if layers is None:                         # a mapping without RAIL
+            return logits[rows].to(device), None
+        # One joint index: pooled[rows][:, layers - 1] would read all layers of a row first.
+        found = pooled[torch.as_tensor(rows)[:, None], torch.as_tensor(layers) - 1]
+        return logits[rows].to(device), found.to(device).float()
+    return teacher_outputs
+
+
+# ---- 5. Teacher and student --------------------------------------------------------------------
+# Any encoder with a classifier that transformers knows can teach. The student is cut from it, or
+# it is another model. Cut to 4 of its 12 layers, BERT-base goes from 109 million parameters to 53
+# million, of which 24 million are the embeddings.
+
+
+def toy_teacher(seed, num_layers=12):
+    """(model, tokenizer): an untrained BERT of width 64, with the toy's words as its vocabulary.
+
+    Deep Transformers that learn from scratch easily stay at chance. What helps here: no dropout,
+    warm-up, and weights that start larger than BERT's 0.02, which was made for a width of 768.
+    """
+    words = " ".join(TOPICS + NEGATIVE + POSITIVE + DEGREES + NEGATIONS).split()
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] , .".split() + sorted(words + LINKS)
+    vocabulary = {word: number for number, word in enumerate(words)}
+    torch.manual_seed(seed)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(
+        vocab_size=len(words), hidden_size=64, num_hidden_layers=num_layers, num_attention_heads=4,
+        intermediate_size=128, max_position_embeddings=64, initializer_range=0.05,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    return model, transformers.BertTokenizer(vocabulary, model_max_length=64)
+
+
+def load_classifier(name, feature, role):
+    """(model, tokenizer, trained) from a hub name or a folder, with the outputs of the data.
+
+    An encoder that was only pretrained gets a new classifier, and `trained` is False. So does a
+    student (`role`) that was trained for other classes. `feature` is the type of the label column.
+    Raises ValueError where nothing can be loaded, or nothing that fits.
+    """
+    with refuse(f"no {role} can be loaded from {name!r}"):
+        # Code from the hub is never run, and weights hold none: safetensors, or weights_only.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=getattr(feature, "num_classes", 1), ignore_mismatched_sizes=True,
+            trust_remote_code=False, output_loading_info=True)
+        # What a checkpoint lacks, transformers fills with random numbers. That is right for a new
+        # classifier and for BERT's pooler, which belongs to it, but not for the encoder.
+        mismatched = {key for key, *_ in info["mismatched_keys"]}
+        new, encoder = mismatched | set(info["missing_keys"]), f"{model.base_model_prefix}."
+        lost = [key for key in new if key.startswith(encoder) and "pooler" not in key]
+        if lost:
+            raise ValueError(f"its weights do not fit its configuration, such as {lost[0]}")
+        if mismatched and role == "teacher":
+            raise ValueError("it was trained for another number of classes than the data have")
+    use_labels(model, feature)
+    return model.float(), tokenizer, not new       # float: it may be stored in half precision
+
+
+def use_labels(model, feature):
+    """Gives a model, in place, the data's label names, and its logits the data's order.
+
+    MNLI checkpoints on the hub number the classes differently from GLUE. A student of such a
+    teacher would learn the wrong classes, without any error. Where the model's names are the
+    data's in another order, the rows of its last linear layer are put in the data's order. Names
+    like LABEL_0 say nothing and are replaced.
+    """
+    model.config.problem_type = "regression"
+    if isinstance(feature, datasets.ClassLabel):
+        own, wanted = [model.config.id2label[i] for i in range(feature.num_classes)], feature.names
+        if sorted(own) != sorted(wanted):          # perhaps they differ in case only
+            own, wanted = [x.lower() for x in own], [x.lower() for x in wanted]
+        if own != wanted and sorted(own) == sorted(wanted) and len(set(own)) == len(own):
+            linear = [part for part in model.modules() if isinstance(part, nn.Linear)]
+            head = [part for part in linear if part.out_features == len(own)][-1]
+            for parameter in head.parameters():                        # weight (C, d), bias (C,)
+                parameter.data = parameter.data[[own.index(name) for name in wanted]]
+        model.config.problem_type = "single_label_classification"
+        model.config.id2label = dict(enumerate(feature.names))
+        model.config.label2id = {name: i for i, name in enumerate(feature.names)}
+
+
+def build_student(teacher, num_layers):
+    """A student cut from its teacher: `num_layers` of its layers, weights copied, nothing shared.
+
+    Student layer i is teacher layer round(i*n/m), so the last one feeds the classifier as the
+    teacher's last one does; embeddings and classifier are copied as they are.
+
+    Args:
+        teacher: a transformers model with n layers in one nn.ModuleList.
+        num_layers: m, from 1 to n.
+    Returns:
+        A model of the same class, in train mode, with gradients, on the CPU.
+    Raises:
+        ValueError: more layers than the teacher has, or an architecture that can't be cut.
+    """
+    n, cut = teacher.config.num_hidden_layers, copy.deepcopy(teacher)
+    if not 1 <= num_layers <= n:
+        raise ValueError(f"{num_layers} layers can't be cut from a teacher of {n}: choose 1 to {n}")
+    kept = [round(i * n / num_layers) - 1 for i in range(1, num_layers + 1)]   # counted from 0
+    cut.config.num_hidden_layers = num_layers
+    if getattr(cut.config, "layer_types", None):   # layers that differ by design keep theirs
+        cut.config.layer_types = [cut.config.layer_types[i] for i in kept]
+    with refuse(f"the layers of a {type(teacher).__name__} can't be cut: name another student"):
+        stacks = [part for part in cut.modules() if isinstance(part, nn.ModuleList)]
+        layers = next(stack for stack in stacks if len(stack) == n)    # ALBERT has just one layer
+        for i in sorted(set(range(n)) - set(kept), reverse=True):
+            del layers[i]
+        # Not `cut` itself but a new model of its config, since that is what the saved student is
+        # loaded into. Each weight must have its place there.
+        student = type(teacher)(cut.config)
+        student.load_state_dict(cut.state_dict())
+    return student.train()
+
+
+def prepare(model, tokenizer, sets, settings, role):
+    """All data as the tokens of one model, after the longest and the shortest input went through.
+
+    Raises ValueError, before anything slow begins, where the method can't use the model: no
+    attention mask, hidden states that are missing or of another shape, too few positions, a
+    precision that it can't compute in.
+    """
+    model.to(settings.device)
+    with refuse(f"the {role}, {type(model).__name__}, can't be used; try --precision fp32"):
+        sets = {name: encode(x, tokenizer, model, settings.max_length) for name, x in sets.items()}
+        order = np.argsort(lengths_of(sets["train"]))
+        pooled = torch.zeros(2, model.config.num_hidden_layers, model.config.hidden_size)
+        two = sets["train"].select([int(order[0]), int(order[-1])])
+        predict(model, two, tokenizer, settings.precision, pooled)
+    return sets
+
+
+# ---- 6. Data -----------------------------------------------------------------------------------
+# Every source ends as Datasets with the columns sentence1, sometimes sentence2, and label. The
+# label column knows its own type: a ClassLabel with names, or a float for a regression.
+#
+# The toy shows the method at work in two minutes, without a network. Somebody had 8,000 carefully
+# labelled sentences and trained a large model with them. You have that model, 1,000 other
+# sentences, and labels of which a fifth is wrong.
+
+GLUE = "cola sst2 mrpc stsb qqp mnli qnli rte wnli".split()
+METRICS = {"cola": ["matthews_correlation"], "mrpc": ["accuracy", "f1"], "qqp": ["accuracy", "f1"]}
 TOPICS = "acting plot music ending dialogue cast pacing script humour story".split()
-ADJECTIVES = ["dull clumsy stale silly cold weak tedious messy".split(),         # label 0, negative
-              "clever moving fresh funny warm sharp gripping charming".split()]  # label 1, positive
-DEGREES = ["", "", "very", "quite", "rather"]
-NEGATIONS = ["not", "never", "hardly"]
-FORMS = ["the {main}.", "the {main}, although the {side}.", "although the {side}, the {main}.", "the {side}, but the {main}.",
-         "the {side}, yet the {main}."]
+NEGATIVE = "dull clumsy stale silly cold weak tedious messy".split()
+POSITIVE = "clever moving fresh funny warm sharp gripping charming".split()
+DEGREES, NEGATIONS = ["", "", "very", "quite", "rather"], ["not", "never", "hardly"]
+LINKS = ["the", "is", "but", "yet", "although"]
+FORMS = ["the {main}.", "the {main}, although the {side}.", "although the {side}, the {main}.",
+         "the {side}, but the {main}.", "the {side}, yet the {main}."]
 
 
 def toy_sentences(seed, sizes):
-    """Short reviews in which the words alone do not decide the label. Returns one Dataset for each number in `sizes`.
+    """Short reviews in which the words alone do not decide the label: a Dataset for each size.
 
-    Most sentences have two clauses, each with an adjective, often a degree or a negation: "Although the plot is very clever,
-    the acting is hardly moving." The main clause decides (here: negative). Which one that is depends on the word order, and
-    what it says on its negation, so counting words says little: a reader has to combine. All sentences differ, so none of the
-    validation set can have been trained on. Some have one clause only: a stepping stone, without which a deep model that starts
-    from random weights often finds nothing to hold on to.
-
-    Args:
-        seed: the sentences depend on it alone.
-        sizes: how many sentences each Dataset shall have.
-    Returns:
-        List of Datasets with the columns sentence1 (text) and label (ClassLabel: negative, positive).
+    "Although the plot is very clever, the acting is hardly moving": the main clause decides (here:
+    negative). Word order tells which clause that is, and a negation turns it round, so counting
+    words says little. Some sentences have one clause only, a stepping stone for a deep model that
+    starts from random weights. All sentences differ, and they depend on the seed alone.
     """
     rng = np.random.default_rng([seed, 0x7071])
-    found = {}  # sentence -> label; a dict keeps the order and drops repeats
+    found = {}                                     # sentence -> label, without repeats, in order
     while len(found) < sum(sizes):
         clauses, labels = {}, {}
         for part, topic in zip(("main", "side"), rng.choice(TOPICS, 2, replace=False)):
-            polarity, negated = rng.integers(2), rng.random() < 1 / 3
-            words = [topic, "is", rng.choice(NEGATIONS) if negated else rng.choice(DEGREES), rng.choice(ADJECTIVES[polarity])]
-            clauses[part], labels[part] = " ".join(filter(None, words)), int(polarity ^ negated)
+            positive, negated = rng.integers(2), rng.random() < 1 / 3
+            degree = rng.choice(NEGATIONS if negated else DEGREES)
+            adjective = rng.choice(POSITIVE if positive else NEGATIVE)
+            clauses[part] = " ".join(f"{topic} is {degree} {adjective}".split())
+            labels[part] = int(positive ^ negated)
         found.setdefault(rng.choice(FORMS).format(**clauses).capitalize(), labels["main"])
-    features = datasets.Features(sentence1=datasets.Value("string"), label=datasets.ClassLabel(names=["negative", "positive"]))
-    rows, parts = iter(found.items()), []
-    for size in sizes:
-        texts, labels = zip(*(next(rows) for _ in range(size)))
-        parts.append(datasets.Dataset.from_dict({"sentence1": texts, "label": labels}, features=features))
-    return parts
+    data = datasets.Dataset.from_dict({"sentence1": list(found), "label": list(found.values())})
+    data = data.cast_column("label", datasets.ClassLabel(names=["negative", "positive"]))
+    return [data.select(range(end - size, end)) for size, end in zip(sizes, np.cumsum(sizes))]
 
 
 def read_file(path):
-    """A CSV or JSON-lines file -> Dataset with the columns sentence1, perhaps sentence2, and label as the file has it.
+    """A file of CSV or JSON lines -> Dataset of text: sentence1, maybe sentence2, label.
 
-    The columns are those that Hugging Face's own examples use. Further columns are ignored.
-
-    Raises:
-        ValueError: a file that is missing, empty, unreadable or not UTF-8, has not the right columns, or lacks a text or label.
+    Not by `datasets.load_dataset`: that takes [ and * in a path for a pattern, rewrites 007 as 7,
+    and gives the old rows of a file that was replaced by one with the same time stamp.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such file")
-    # keep_default_na=False: else a review that reads "NA" or "None" would become a missing value. chunksize=None: else the
-    # type of a column is guessed from its first 10,000 rows.
-    csv = Path(path).suffix.lower() == ".csv"
-    kind, more = ("csv", {"keep_default_na": False, "chunksize": None}) if csv else ("json", {})
-    try:
-        data = datasets.load_dataset(kind, data_files=str(path), split="train", **more)
-    except Exception as error:  # the reader's own complaint is the cause; around it the library says only that it failed
-        raise ValueError(f"{path}: not a readable {'CSV' if csv else 'JSON lines'} file in UTF-8 with at least one row "
-                         f"({first_line(error.__cause__ or error)})") from error
-    if len(data) == 0:
-        raise ValueError(f"{path}: has column names and not even one row")
-    if "sentence" in data.column_names and "sentence1" not in data.column_names:
-        data = data.rename_column("sentence", "sentence1")
-    texts = [name for name in ("sentence1", "sentence2") if name in data.column_names]
-    if "sentence1" not in texts or "label" not in data.column_names:
-        raise ValueError(f"{path}: needs the columns sentence (or sentence1) and label, but has {', '.join(data.column_names)}")
-    data = data.select_columns([*texts, "label"])
-    for row, label in enumerate(data["label"], 1):
-        if not isinstance(label, (str, int, float)) or label == "" or label != label:  # only NaN differs from itself
-            raise ValueError(f"{path}: example {row} has no label")
-    for name in texts:
-        data = data.cast_column(name, datasets.Value("string"))
-        if None in data[name]:
-            raise ValueError(f"{path}: example {list(data[name]).index(None) + 1} has no {name}")
+    with refuse(f"{path} is not a file of CSV or JSON lines in UTF-8 with sentence and label"):
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            if path.lower().endswith(".csv"):
+                rows = list(csv.DictReader(file, strict=True))
+            else:
+                rows = [json.loads(line) for line in file if line.strip()]
+        data = datasets.Dataset.from_list(rows)
+        if "sentence1" not in data.column_names:
+            data = data.rename_column("sentence", "sentence1")
+        names = ["sentence1", "sentence2"] if "sentence2" in data.column_names else ["sentence1"]
+        data = data.select_columns([*names, "label"])
+        for name in data.column_names:
+            data = data.cast_column(name, datasets.Value("string"))
+            missing = (None, "", "NA", "N/A", "NaN", "nan", "null") if name == "label" else (None,)
+            for number, value in enumerate(data[name], 1):
+                if value in missing:
+                    raise ValueError(f"example {number} has no {name}")
     return data
 
 
-def set_labels(data, feature, source):
-    """`data` with its label column turned into `feature` (a ClassLabel, or a float Value for a regression).
+def with_labels(data, path, feature=None):
+    """`data` with its labels, which are text, turned into `feature`, or what they seem to be.
 
-    Classes are found by their name; by their number too, where the names are not numbers themselves. So a file with the labels
-    0 and 1 can be scored by a model that was trained on GLUE's "negative" and "positive".
-
-    Raises:
-        ValueError: a label that is unknown, or a name where numbers are needed. `source` is what the message calls the data.
+    Names are classes, in the order of the alphabet, and so are whole numbers, in theirs; any
+    decimal makes a regression. Later files may name a class by its number, where the names are not
+    numbers: 0 and 1 for "negative" and "positive". Raises ValueError for labels that do not fit.
     """
-    labels = list(data["label"])
-    if isinstance(feature, datasets.ClassLabel):
-        names = [str(name) for name in feature.names]
-        known = {} if names[0].lstrip("-").isdigit() else {str(number): number for number in range(len(names))}
-        known |= {name: number for number, name in enumerate(names)}
-        unknown = [label for label in labels if str(label) not in known]
-        if unknown:
-            raise ValueError(f"{source}: the label {unknown[0]!r} is unknown; the training data has {', '.join(names)}")
-        labels = [known[str(label)] for label in labels]
-    elif any(isinstance(label, str) for label in labels):
-        raise ValueError(f"{source}: the labels must be numbers, as in the training data")
-    return data.remove_columns("label").add_column("label", labels).cast_column("label", feature)
-
-
-def match(data, train, source):
-    """`data` with the label type of the training data; it must have the same text columns. Raises ValueError."""
-    if data.column_names != train.column_names:
-        raise ValueError(f"{source}: has the columns {', '.join(data.column_names)} and the training data {', '.join(train.column_names)}")
-    return set_labels(data, train.features["label"], source)
+    labels = set(data["label"])
+    numbers = {x for x in labels if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", x)}
+    if feature is None:
+        if len(labels) == 1 or numbers not in (set(), labels):
+            raise ValueError(f"{path}: labels must differ, and be all names or all numbers")
+        feature = datasets.Value("float32")
+        if all(re.fullmatch(r"[+-]?\d+", x) for x in numbers):
+            feature = datasets.ClassLabel(names=sorted(labels, key=int if numbers else None))
+    known = getattr(feature, "names", sorted(numbers))
+    if isinstance(feature, datasets.ClassLabel) and not known[0].lstrip("+-").isdigit():
+        known = known + [str(number) for number in range(len(known))]
+    if labels - set(known):
+        raise ValueError(f"{path}: unlike the training data, it has labels such as {min(labels - set(known))!r}")
+    return data.cast_column("label", feature)
 
 
 def load_task(settings, for_teacher=False):
-    """(training Dataset, {name: validation Dataset}): columns sentence1, perhaps sentence2, label; text not yet encoded.
+    """All data of a task, as text: {"train": ..., "validation": ..., file name: ...}.
 
-    MNLI has two validation sets, "matched" and "mismatched"; elsewhere the one name is "". GLUE's test split is never
-    touched: its labels are all -1, and a score on them is a number without a meaning. The toy has two training sets: the
-    teacher's (`for_teacher`) and the student's. The latter has an eighth as many sentences, other ones, and one label in five
-    is wrong.
+    Everything but "train" is scored. MNLI has "validation_mismatched" too. GLUE's test splits are
+    left out: their labels are all -1. The toy's student gets an eighth as many sentences as its
+    teacher (`for_teacher`), other ones, and a fifth of its labels is wrong.
 
-    Args:
-        settings: `Settings`; task, train_file, validation_file, max_train_examples and, for the toy, seed count.
-        for_teacher: the toy only: the training set of the teacher instead.
+    Returns:
+        Dict of Datasets with the columns sentence1, maybe sentence2, and label.
     Raises:
-        ValueError: the hub is out of reach, a file can't be used, labels are unknown or of one class only.
+        ValueError: the hub is out of reach, or a file can't be used.
     """
-    limit = settings.max_train_examples
-    if settings.task == "toy" or not (settings.task or settings.train_file):
-        size = limit or DEFAULTS["max_train_examples"][1]
+    sets, files = {}, {path: path for path in settings.eval_file}
+    if settings.task == "toy":
+        size = settings.max_train_examples or 1000
         validation, train, teacher_train = toy_sentences(settings.seed, [1000, size, 8 * size])
-        if for_teacher:
-            return teacher_train, {"": validation}
         wrong = np.random.default_rng([settings.seed, 0xBAD]).permutation(size) < size // 5
-        labels = (np.array(train["label"]) ^ wrong).tolist()
-        feature = train.features["label"]
-        return train.remove_columns("label").add_column("label", labels).cast_column("label", feature), {"": validation}
-    if settings.task:
-        try:
+        noisy = train.map(lambda row, i: {"label": row["label"] ^ int(wrong[i])}, with_indices=True)
+        sets = {"train": teacher_train if for_teacher else noisy, "validation": validation}
+    elif settings.task:
+        with refuse(f"{settings.task} can't be loaded from the hub (--task toy needs none)"):
             splits = datasets.load_dataset("nyu-mll/glue", settings.task)
-        except Exception as error:
-            raise ValueError(f"the task {settings.task} could not be loaded from the hub, nyu-mll/glue ({first_line(error)}); "
-                             "--task toy and own files (--train-file, --validation-file) work without it") from error
-        names = dict(zip(GLUE[settings.task][0], ("sentence1", "sentence2")))
-        splits = {split: data.select_columns([*names, "label"]).rename_columns({k: v for k, v in names.items() if k != v})
-                  for split, data in splits.items() if not split.startswith("test")}
-        train = splits.pop("train")
-        validation = {split.removeprefix("validation").removeprefix("_"): data for split, data in splits.items()}
+        for split, data in splits.items():
+            texts = [name for name in data.column_names if name not in ("label", "idx")]
+            data = data.select_columns([*texts, "label"])
+            data = data.rename_columns(dict(zip(texts, ("sentence1", "sentence2"))))
+            if not split.startswith("test"):
+                sets[split.replace("_matched", "")] = data
     else:
-        train, source = read_file(settings.train_file), settings.train_file
-        values = set(train["label"])
-        if any(isinstance(value, float) for value in values):
-            feature = datasets.Value("float32")
-        elif len(values) == 1:
-            raise ValueError(f"{source}: every example has the label {values.pop()!r}, so there is nothing to tell apart")
-        else:  # numbers in the order of numbers, names in that of the alphabet
-            feature = datasets.ClassLabel(names=[str(value) for value in sorted(values)])
-        train = set_labels(train, feature, source)
-        validation = {"": match(read_file(settings.validation_file), train, settings.validation_file)}
-    return (train.select(range(min(limit, len(train)))) if limit else train), validation
+        files = {"train": settings.train_file, "validation": settings.validation_file} | files
+    for name, path in files.items():
+        feature = sets["train"].features["label"] if sets else None
+        sets[name] = with_labels(read_file(path), path, feature)
+        if sets[name].column_names != sets["train"].column_names:
+            raise ValueError(f"{path} must have the text columns of the training data")
+    if settings.max_train_examples and settings.task != "toy":       # a file may be sorted by label
+        size = min(settings.max_train_examples, len(sets["train"]))
+        sets["train"] = sets["train"].shuffle(seed=settings.seed).select(range(size))
+    return sets
 
 
 def encode(data, tokenizer, model, max_length):
-    """Dataset of text -> Dataset of token numbers (input_ids, attention_mask, ...) and label, not yet padded.
+    """Dataset of text -> Dataset of token numbers (input_ids, attention_mask, ...) and label.
 
-    A pair is encoded as a pair, so that the tokenizer puts its separator between the two. Columns that the model's forward
-    does not know (a DistilBERT has no token_type_ids) are left out.
-
-    Args:
-        data: Dataset with sentence1, perhaps sentence2, and label.
-        tokenizer, model: of the same side; the tokens are for this model.
-        max_length: inputs are cut to this many tokens, or to fewer where the tokenizer's limit is lower.
+    Not padded yet. A pair is encoded as a pair. Columns that the model's forward pass does not
+    know (a DistilBERT has no token_type_ids) are left out. Inputs are cut to `max_length` tokens,
+    or to fewer where tokenizer or model allow no more.
     """
-    limit = tokenizer.model_max_length
-    if limit > 10 ** 6:  # the tokenizer does not know; RoBERTa and its kin need two of the model's positions for themselves
-        limit = (getattr(model.config, "max_position_embeddings", None) or limit) - 2
-    texts = [name for name in ("sentence1", "sentence2") if name in data.column_names]
-    data = data.map(lambda rows: dict(tokenizer(*[rows[name] for name in texts], truncation=True, max_length=min(max_length, limit))),
-                    batched=True, remove_columns=texts)
-    known = inspect.signature(model.forward).parameters
-    return data.select_columns([name for name in data.column_names if name in known or name == "label"])
+    limit = min(max_length, tokenizer.model_max_length)
+    positions = getattr(model.config, "max_position_embeddings", None) or -1     # XLNet has -1
+    if 0 < positions < limit:
+        limit = positions - 2          # RoBERTa and its kin keep two positions for themselves
+    texts = [name for name in data.column_names if name != "label"]
+
+    def tokenize(rows):
+        return dict(tokenizer(*[rows[name] for name in texts], truncation=True, max_length=limit))
+
+    data = data.map(tokenize, batched=True, remove_columns=texts)
+    known = [*inspect.signature(model.forward).parameters, "label"]
+    return data.select_columns([name for name in data.column_names if name in known])
 
 
 def lengths_of(data):
@@ -531,1158 +781,471 @@ def lengths_of(data):
     return [len(tokens) for tokens in data["input_ids"]]
 
 
-def length_batches(lengths, batch_size, generator=None):
-    """Row numbers in batches of similar length: each row in exactly one batch, only the last batch may be smaller.
+def fingerprint(data, *more):
+    """16 hex digits that change with an encoded Dataset, and with whatever else is given."""
+    hasher = datasets.fingerprint.Hasher()
+    for item in [*(json.dumps(rows).encode() for rows in data.iter(batch_size=1000)), *more]:
+        hasher.update(item)
+    return hasher.hexdigest()
 
-    Attention costs what the longest sentence of a batch costs; padding every batch to --max-length would waste four fifths
-    of the work on sentences of 25 tokens. Without a generator, all rows by length: for passes in which the order is free.
-    With one, the library's mix of randomness and length: it shuffles all rows, sorts them in groups of at most fifty batches
-    and cuts them. A group comes longest first, so the batches are shuffled once more.
 
-    Args:
-        lengths: N numbers of tokens.
-        batch_size: B.
-        generator: torch.Generator, the only source of randomness; or None.
-    Returns:
-        List of lists of row numbers.
-    """
-    if generator is None:
-        order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    else:
-        order = get_length_grouped_indices(lengths, batch_size, generator=generator)
-    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    return batches if generator is None else [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+# ---- 7. Scores ---------------------------------------------------------------------------------
+# A metric is computed once over a whole set, never as a mean over batches: the last batch is
+# smaller, and F1 or a correlation of the whole is not the mean of those of its parts.
 
-
-def _collate(data, pad, rows):  # a plain function, since a worker process may have to receive it by pickle
-    return dict(pad(data[rows]))
-
-
-def batches_on(device, data, tokenizer, row_batches):
-    """Yields (rows, batch): row numbers and the padded batch on the device, {input_ids (B, L), ..., labels (B,)}.
-
-    A batch is padded to its own longest sentence. On CUDA two workers pad the coming batches while the GPU computes, and
-    the copy from pinned memory does not make the CPU wait.
-
-    Args:
-        device: where the tensors shall lie.
-        data, tokenizer: encoded Dataset, and what pads it.
-        row_batches: list of lists of row numbers, as `length_batches` makes them.
-    """
-    cuda = torch.device(device).type == "cuda"
-    loader = torch.utils.data.DataLoader(row_batches, batch_size=None, num_workers=2 * cuda, pin_memory=cuda,
-                                         collate_fn=functools.partial(_collate, data, DataCollatorWithPadding(tokenizer)))
-    for rows, batch in zip(row_batches, loader):
-        yield rows, {name: tensor.to(device, non_blocking=cuda) for name, tensor in batch.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Teacher and student
-# ---------------------------------------------------------------------------------------------------------------------
-# Any encoder with a classifier that transformers knows can teach. The student is cut from its teacher, or it is another model
-# altogether: another width, architecture, even another tokenizer, since only one vector a sentence and layer is ever compared.
-# Cut to 4 of its 12 layers, BERT-base goes from 109 million parameters to 53 million, of which 24 million are the embeddings.
-
-def toy_teacher(seed, num_layers=12):
-    """(model, tokenizer): an untrained 12-layer BERT of width 64 and a tokenizer of whole words for the toy's language.
-
-    Deep post-norm Transformers that learn from scratch easily stay at chance. What helps here: no dropout, weights that start
-    larger than BERT's usual 0.02 (which was made for a width of 768), and warm-up.
-    """
-    words = sorted(set(" ".join(TOPICS + ADJECTIVES[0] + ADJECTIVES[1] + DEGREES + NEGATIONS + ["the is but yet although"]).split()))
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", "."] + words)}
-    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    raw.normalizer = tokenizers.normalizers.Lowercase()
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    raw.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, model_max_length=64, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        mask_token="[MASK]", model_input_names=["input_ids", "token_type_ids", "attention_mask"])
-    torch.manual_seed(seed)
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=num_layers, num_attention_heads=4, intermediate_size=128,
-        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        initializer_range=0.05)
-    return transformers.BertForSequenceClassification(config), tokenizer
-
-
-def load_classifier(name, feature, role):
-    """(model, tokenizer, trained) from a hub name or a folder; `trained` tells whether it came with a trained classifier.
-
-    An encoder that was only pretrained has no classifier. transformers then makes a new one and says which weights it had to
-    invent: those are the `missing_keys`.
-
-    Args:
-        name: what `from_pretrained` takes.
-        feature: the type of the data's label column: it says how many outputs there are and what they are called.
-        role: "teacher" or "student". A student may have been trained for other classes: it gets a new classifier.
-    Raises:
-        ValueError: nothing can be loaded, a trained teacher has another number of classes than the data, or the model is not an
-            encoder with a padding token and an attention mask.
-    """
-    try:  # code from the hub is never run (without the False, a terminal is asked), and weights can't hold any: safetensors, or
-          # read with weights_only, which is the library's default
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, trust_remote_code=False, num_labels=getattr(feature, "num_classes", 1), ignore_mismatched_sizes=True,
-            output_loading_info=True)
-    except Exception as error:
-        raise ValueError(f"no {role} could be loaded from {name!r} ({first_line(error)}); give a folder that holds a model and "
-                         "its tokenizer, or a hub name while the hub is in reach") from error
-    if info["mismatched_keys"] and role == "teacher":
-        raise ValueError(f"the teacher {name!r} was trained for another number of classes than the {model.config.num_labels} outputs "
-                         "that the data needs")
-    masked = "attention_mask" in inspect.signature(model.forward).parameters  # an FNet, say, mixes the padding in
-    if model.config.is_encoder_decoder or tokenizer.pad_token is None or not masked:
-        raise ValueError(f"the {role} {name!r} is no encoder with a padding token and an attention mask; take one of the kind of BERT")
-    use_labels_of(model, feature)
-    # .float(): a checkpoint may be stored in half precision, but these are the weights that the optimizer updates.
-    return model.float(), tokenizer, not info["missing_keys"] and not info["mismatched_keys"]
-
-
-def use_labels_of(model, feature):
-    """Gives a model (in place) the data's label names, and its logits the data's order.
-
-    MNLI checkpoints on the hub number the classes differently from GLUE, each in its own way. Distilling from such a teacher
-    teaches the student the wrong classes, without any error. Where the model's own names are the data's in another order,
-    the rows of its last linear layer are put in the data's order. Names like LABEL_0 tell nothing and are replaced; if another
-    order makes such a teacher no better than chance, `warn_of_weak_teacher` says so aloud.
-    """
-    if not isinstance(feature, datasets.ClassLabel):
-        model.config.problem_type = "regression"
-        return
-    own = [str(model.config.id2label[i]).lower() for i in range(model.config.num_labels)]
-    wanted = [name.lower() for name in feature.names]
-    if own != wanted and sorted(own) == sorted(wanted):
-        order = [own.index(name) for name in wanted]
-        head = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer.out_features == len(own)][-1]
-        for parameter in head.parameters():  # weight (C, d) and bias (C,)
-            parameter.data = parameter.data[order]
-    model.config.problem_type = "single_label_classification"  # whatever it was before: a pipeline then shows probabilities
-    model.config.id2label = dict(enumerate(feature.names))
-    model.config.label2id = {label: i for i, label in enumerate(feature.names)}
-
-
-def build_student(teacher, num_layers):
-    """A student cut from its teacher: the same configuration with `num_layers` layers, weights copied, nothing shared.
-
-    Embeddings and classifier are copied as they are, student layer i from the evenly spaced teacher layer round(i * n / m):
-    the layer that will also teach it, on average (see `sample_layer_map`). So each student layer starts where it shall stay,
-    and the last one feeds the classifier as the teacher's last one does. Which layers to copy is this reference's choice.
-
-    Args:
-        teacher: a transformers model for sequence classification with n layers in one nn.ModuleList.
-        num_layers: m, from 1 to n.
-    Returns:
-        A model of the same class, in train mode, with gradients, on the CPU.
-    Raises:
-        ValueError: more layers than the teacher has, or an architecture whose layers can't be told apart or differ by design
-            (ALBERT's twelve layers are one layer used twelve times).
-    """
-    n, kind = teacher.config.num_hidden_layers, type(teacher)
-    if not 1 <= num_layers <= n:
-        raise ValueError(f"a student of {num_layers} layers can't be cut from a teacher of {n}: choose 1 to {n}")
-    stack = next((name for name, part in teacher.named_modules() if isinstance(part, nn.ModuleList) and len(part) == n), None)
-    if stack is None:
-        raise ValueError(f"can't tell the layers of a {kind.__name__} apart; name a --student instead")
-    kept = [round(i * n / num_layers) - 1 for i in range(1, num_layers + 1)]  # layers count from 1, positions in a ModuleList from 0
-    config = copy.deepcopy(teacher.config)
-    config.num_hidden_layers = num_layers
-    if getattr(config, "layer_types", None):  # where layers differ by design, each keeps its design
-        config.layer_types = [config.layer_types[i] for i in kept]
-    copied = {}
-    for key, tensor in teacher.state_dict().items():
-        if not key.startswith(f"{stack}."):
-            copied[key] = tensor                                        # for example bert.embeddings.word_embeddings.weight
-            continue
-        old, rest = key.removeprefix(f"{stack}.").split(".", 1)         # for example "5", "attention.self.query.weight"
-        if int(old) in kept:
-            copied[f"{stack}.{kept.index(int(old))}.{rest}"] = tensor
-    student = kind(config)
-    try:
-        student.load_state_dict(copied)  # strict: a weight that is left over or missing is an error
-    except RuntimeError as error:
-        raise ValueError(f"the layers of a {kind.__name__} differ too much to cut a student; name a --student instead") from error
-    return student.train()
-
-
-def freeze(teacher):
-    """The teacher in eval mode and without gradients. Left in train mode, its dropout would make every target noisy."""
-    return teacher.eval().requires_grad_(False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. The random map
-# ---------------------------------------------------------------------------------------------------------------------
-# Three facts about the draw, which the tests and the notebook check:
-#
-#   On average it is the evenly spaced map. The i-th smallest of k uniform draws from 1..n-1 has the mean i * n / (k+1) = i * n / m:
-#   for 12 -> 4 the layers 3, 6, 9. That is the map that PKD (Sun et al. 2019) calls "skip"; RAIL-KD is skip with noise around it.
-#
-#   All layers teach. A candidate is left out of one epoch with the probability 1 - k/(n-1), of E epochs with that to the power E:
-#   for 12 -> 4, 72.7 % after one epoch, 20.3 % after 5, 4.1 % after 10. A fixed map leaves the same 8 of 11 out for ever.
-#
-#   It costs nothing. However many layers the teacher has, a step pays for k pairs.
-
-def sample_layer_map(num_teacher_layers, num_student_layers, rng, include_last=False):
-    """RAIL-KD's draw: the teacher layers that teach student layers 1, 2, ..., k in this epoch.
-
-    k distinct layers are drawn uniformly from the candidates, without replacement, and sorted ascending, so that deeper
-    student layers learn from deeper teacher layers. The candidates are the intermediate layers 1..n-1 of the teacher, for the
-    student's 1..m-1: the last layers already meet through the logits. Layers count from 1, as the positions of `hidden_states`
-    do, where position 0 holds the output of the embeddings.
-
-    Args:
-        num_teacher_layers: n.
-        num_student_layers: m.
-        rng: a np.random.Generator, the only source of randomness (a global one would let the order of the data change the map).
-        include_last: candidates 1..n and student layers 1..m instead.
-    Returns:
-        Ascending int array (k,), k = m-1, or m with `include_last`.
-    Raises:
-        ValueError: more student than teacher layers, or a student without a layer to teach (m = 1 has no intermediate one).
-    """
-    ### BEGIN SOLUTION
-    num_candidates = num_teacher_layers if include_last else num_teacher_layers - 1
-    num_pairs = num_student_layers if include_last else num_student_layers - 1
-    if num_pairs < 1:
-        raise ValueError(f"a student of {num_student_layers} layers has no intermediate layer to teach: it needs at least 2, "
-                         "or the last layers in the map (--include-last)")
-    if num_student_layers > num_teacher_layers:
-        raise ValueError(f"a student of {num_student_layers} layers can't learn from a teacher of {num_teacher_layers}: it must "
-                         "not have more layers than the teacher")
-    return np.sort(rng.choice(num_candidates, size=num_pairs, replace=False) + 1)
-    ### END SOLUTION
-
-
-def choose_layers(settings, num_teacher_layers, num_student_layers, epoch, step=0):
-    """The teacher layers for one step, as `--mapping` says: int array (k,), or all candidates (c,) for attention, or None.
-
-    Only the map changes between the methods; pooling, projection and loss stay, so that a comparison isolates the map. `skip`
-    and `last` are the maps of PKD (Sun et al. 2019), `attention` is that of ALP-KD (Passban et al. 2021), not their full recipes.
-
-    The random map depends on (seed, epoch) alone, and on the step with `--resample step`. A generator that was drawn from all
-    along would make the map depend on how many draws came before: a resumed run would continue with other layers.
-
-    Args:
-        settings: `Settings`; mapping, resample, include_last and seed count.
-        num_teacher_layers, num_student_layers: n and m.
-        epoch, step: counted from 1 and from 0.
-    Raises:
-        ValueError: as `sample_layer_map`, also for the fixed maps.
-    """
-    n, m, last = num_teacher_layers, num_student_layers, settings.include_last
-    if settings.mapping in ("none", "finetune"):
-        return None
-    rng = np.random.default_rng([settings.seed, epoch] + [step] * (settings.resample == "step"))
-    drawn = sample_layer_map(n, m, rng, last)
-    candidates = np.arange(1, n + 1 if last else n)
-    evenly = np.array([round(i * n / m) for i in range(1, len(drawn) + 1)])
-    return {"random": drawn, "skip": evenly, "last": candidates[-len(drawn):], "attention": candidates}[settings.mapping]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. The losses
-# ---------------------------------------------------------------------------------------------------------------------
-# Shapes on the way from two models to one number, for layer-wise RAIL-KD:
-#
-#   student:  k layers (B, L, d_s)  -- mean over real tokens -->  (B, k, d_s)  -- student_proj -->  (B, k, u)  -- / norm -->  s
-#   teacher:  k layers (B, L, d_t)  -- mean over real tokens -->  (B, k, d_t)  -- teacher_proj -->  (B, k, u)  -- / norm -->  t
-#
-#   RAIL = mean over the batch of  sum_i a_i * || s_i - t_i ||^2,  with a_i = 1/k
-#
-# Between unit vectors || s - t ||^2 = 2 - 2 cos(s, t), so the loss lies between 0 (same direction) and 4 (opposite), and 2 means
-# unrelated. A low value is no proof of learning: both maps are trained, so the loss also falls when both send every sentence in
-# the same direction. If different sentences have a mean cosine of c after the teacher's map (`projected_cosine`), a student that
-# gives the same vector for all of them comes down to 2 - 2 sqrt(c). A value above that is no sign of any learning about sentences.
-#
-# The bodies of the method's five core functions (these, and `sample_layer_map` above) stand between markers, so that a course can
-# blank them out; see the README. Each can be lifted into another file as it stands (`RailLoss` with `PairwiseLinear`).
-
-def mean_pool(hidden_states, attention_mask):
-    """One vector a sentence: the mean of a layer's output over the real tokens.
-
-    Padding must stay out, whatever it holds, NaN and infinity included. It would pull short sentences towards whatever the model
-    computes at padded positions, and the loss of a sentence would depend on how long its neighbours in the batch are. Both
-    public re-implementations average it in.
-
-    Args:
-        hidden_states: (B, L, d), any float type.
-        attention_mask: (B, L) of any type, 1 for a real token and 0 for padding.
-    Returns:
-        (B, d) in float32; zeros for a row without any real token.
-    Raises:
-        ValueError: shapes that do not belong together.
-    """
-    ### BEGIN SOLUTION
-    if hidden_states.dim() != 3 or hidden_states.shape[:2] != attention_mask.shape:
-        raise ValueError(f"hidden states {tuple(hidden_states.shape)} and mask {tuple(attention_mask.shape)} do not belong "
-                         "together: they must be (B, L, d) and (B, L)")
-    mask = attention_mask.bool().unsqueeze(-1)                         # (B, L, 1)
-    total = hidden_states.float().masked_fill(~mask, 0.0).sum(dim=1)   # (B, d)
-    return total / mask.sum(dim=1).clamp(min=1)                        # (B, d) / (B, 1)
-    ### END SOLUTION
-
-
-def pool_layers(hidden_states, attention_mask, layers):
-    """The pooled outputs of some layers: n+1 tensors (B, L, d) and a mask (B, L) -> (B, k, d).
-
-    hidden_states[0] is the output of the embeddings and hidden_states[j] that of layer j: no "- 1" here.
-    """
-    return torch.stack([mean_pool(hidden_states[j], attention_mask) for j in layers], dim=1)
-
-
-class PairwiseLinear(nn.ModuleList):
-    """A linear map for each pair of layers, instead of one for all pairs: (B, k, d) -> (B, k, u)."""
-
-    def forward(self, pooled):
-        return torch.stack([linear(pooled[:, i]) for i, linear in enumerate(self)], dim=1)
-
-
-class RailLoss(nn.Module):
-    """The intermediate-layer loss: project, normalise, compare. Layer-wise (RAIL-KD^l) or concatenated (RAIL-KD^c).
-
-    Layer-wise, one linear map per side serves every pair of layers. Concatenated, the k pooled vectors of a side become one
-    of width k * d first. The variant "attention" is layer-wise with all teacher candidates for every student layer, weighted
-    as in ALP-KD (Passban et al. 2021). Both maps are trained with the student and thrown away afterwards.
-
-    Args:
-        teacher_dim, student_dim: d_t and d_s.
-        num_pairs: k, the number of student layers that are taught.
-        variant: "layerwise", "concat" or "attention".
-        projection_size: u.
-        projection: changes for ablations, any of "separate" (a map for each pair of layers), "no-bias", "frozen-teacher" (the
-            teacher's map stays as it was drawn) and "centred" (each side loses its mean over the batch before it gets unit length;
-            a batch of one sentence then has nothing left to compare).
-    Raises:
-        ValueError: an unknown variant or change, a size below 1, or separate maps without pairs.
-    """
-
-    def __init__(self, teacher_dim, student_dim, num_pairs, variant="layerwise", projection_size=128, projection=()):
-        super().__init__()
-        if variant not in ("layerwise", "concat", "attention"):
-            raise ValueError(f"unknown variant {variant!r}: choose layerwise, concat or attention")
-        if not set(projection) <= {"separate", "no-bias", "frozen-teacher", "centred"}:
-            raise ValueError(f"projection {' '.join(projection)}: choose from separate, no-bias, frozen-teacher and centred")
-        if "separate" in projection and variant != "layerwise":
-            raise ValueError(f"separate projections need one teacher layer for each pair, which the variant {variant} has not")
-        if min(teacher_dim, student_dim, num_pairs, projection_size) < 1:
-            raise ValueError("widths, the number of pairs and the projection size must be at least 1")
-        self.num_pairs, self.variant, self.centred = num_pairs, variant, "centred" in projection
-
-        def linear(width):
-            joined, bias = num_pairs if variant == "concat" else 1, "no-bias" not in projection
-            maps = [nn.Linear(joined * width, projection_size, bias) for _ in range(num_pairs if "separate" in projection else 1)]
-            return PairwiseLinear(maps) if "separate" in projection else maps[0]
-
-        # Attributes, not items of a Python list: a module in a plain list is never moved to the GPU, trained or saved.
-        self.teacher_proj, self.student_proj = linear(teacher_dim), linear(student_dim)
-        self.teacher_proj.requires_grad_("frozen-teacher" not in projection)
-
-    def project(self, linear, pooled):
-        """One side's vectors before they get unit length: (B, k, d) -> (B, k, u); concatenated, end to end first, (B, u)."""
-        vectors = linear(pooled.flatten(1) if self.variant == "concat" else pooled)   # concat: (B, k * d) -> (B, u)
-        return vectors - vectors.mean(dim=0) if self.centred else vectors
-
-    @torch.no_grad()
-    def projected_cosine(self, teacher_pooled):
-        """How far the teacher's map sends all sentences in one direction: the mean cosine of different sentences, a scalar.
-
-        `teacher_pooled` is that of `forward`: (B, k, d_t), or (B, c, d_t) with attention. At 1 the loss has found its trivial
-        answer: it can fall to 0 and has nothing to teach. Only sentences of this batch are compared; centred vectors come out
-        slightly below 0, at -1 / (B-1) if all have one length. With B = 1 there are no different sentences, and it is 0.
-        """
-        t = F.normalize(self.project(self.teacher_proj, teacher_pooled), dim=-1)      # (B, k, u), concat (B, u)
-        pairs = len(t) * (len(t) - 1)                                                 # || sum of t ||^2 = B + what the pairs add
-        return ((t.sum(dim=0).pow(2).sum(dim=-1) - len(t)) / max(pairs, 1)).mean()
-
-    def forward(self, student_pooled, teacher_pooled):
-        """Mean over the batch of the squared distances between unit vectors, averaged over the pairs: a number in [0, 4].
-
-        Both sides are projected (`self.project` with `self.student_proj` or `self.teacher_proj`) and divided by their L2 norm.
-        Layer-wise, pair i compares row i of both sides, and the k squared distances are averaged (a_i = 1/k). Concatenated, each
-        side is one vector of width u, and there is one distance. With attention, the projected teacher vector of pair i is the
-        sum of all projected candidates, weighted by the softmax (over the candidates) of their dot products with the
-        projected student vector i: plain dot products, and both sides are normalised only after that.
-
-        Args:
-            student_pooled: (B, k, d_s), pooled layer outputs of the student.
-            teacher_pooled: (B, k, d_t), those of the mapped teacher layers; (B, c, d_t), all candidates, with attention.
-        Returns:
-            Scalar.
-        Raises:
-            ValueError: another number of pairs than k on a side (on the student's side only, with attention), or batches of
-                different size.
-        """
-        ### BEGIN SOLUTION
-        pairs = (student_pooled.shape[1], self.num_pairs if self.variant == "attention" else teacher_pooled.shape[1])
-        if pairs != (self.num_pairs, self.num_pairs) or len(student_pooled) != len(teacher_pooled):
-            raise ValueError(f"student {tuple(student_pooled.shape)} and teacher {tuple(teacher_pooled.shape)} do not make "
-                             f"{self.num_pairs} pairs for each sentence")
-        s = self.project(self.student_proj, student_pooled)                                        # (B, k, u), concat (B, u)
-        t = self.project(self.teacher_proj, teacher_pooled)                                        # the same; attention (B, c, u)
-        if self.variant == "attention":
-            t = torch.softmax(s @ t.transpose(1, 2), dim=-1) @ t                                   # (B, k, c) @ (B, c, u)
-        s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)                                      # all of length 1
-        return (s - t).pow(2).sum(dim=-1).mean()                                                   # over sentences and pairs
-        ### END SOLUTION
-
-
-def kd_loss(student_logits, teacher_logits, temperature):
-    """Distillation through the outputs: T^2 * KL(softmax(z_t / T) || softmax(z_s / T)), mean over the batch (Hinton 2015).
-
-    A higher temperature shows more of what the teacher thinks of the wrong classes. The gradient of the softened KL shrinks as
-    1/T^2; the factor T^2 keeps the weight of the term the same for every T. (B, 1) is a regression: the mean squared error.
-
-    Args:
-        student_logits, teacher_logits: (B, C).
-        temperature: T > 0; without meaning for a regression.
-    Returns:
-        Scalar.
-    Raises:
-        ValueError: shapes that differ, or a temperature that is not a positive finite number, also for a regression.
-    """
-    ### BEGIN SOLUTION
-    if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
-        raise ValueError(f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} must "
-                         "have the same shape (B, C)")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature {temperature}: must be a positive number")
-    if student_logits.shape[1] == 1:
-        return F.mse_loss(student_logits, teacher_logits)
-    # F.kl_div(a, b) is KL(b || a): the student comes first, both as *log*-probabilities. "batchmean" divides by B; the
-    # default "mean" divides by B * C, and the weight of the term would depend on the number of classes.
-    student_log_probs = F.log_softmax(student_logits / temperature, dim=-1)
-    teacher_log_probs = F.log_softmax(teacher_logits / temperature, dim=-1)
-    return temperature ** 2 * F.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True)
-    ### END SOLUTION
-
-
-def combined_loss(ce, kd, rail, weights):
-    """The objective L = l1 * CE + l2 * KD + l3 * RAIL, equation (4) of the paper.
-
-    Args:
-        ce, kd, rail: scalars, tensors or plain numbers.
-        weights: (l1, l2, l3), each >= 0, together 1.
-    Returns:
-        Scalar.
-    Raises:
-        ValueError: not three weights, a negative one, NaN, or a sum other than 1 (by more than 1e-6).
-    """
-    ### BEGIN SOLUTION
-    if len(weights) != 3 or not all(weight >= 0 for weight in weights) or abs(sum(weights) - 1) > 1e-6:
-        raise ValueError(f"weights {' '.join(map(str, weights))}: must be three numbers >= 0, for CE, KD and RAIL, that sum to 1")
-    return weights[0] * ce + weights[1] * kd + weights[2] * rail
-    ### END SOLUTION
-
-
-def label_loss(logits, labels):
-    """CE: cross-entropy of (B, C) against class numbers (B,); for (B, 1), a regression, the mean squared error."""
-    return F.mse_loss(logits.squeeze(1), labels) if logits.shape[1] == 1 else F.cross_entropy(logits, labels)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Asking the teacher
-# ---------------------------------------------------------------------------------------------------------------------
-# All that RAIL-KD ever wants of the teacher is its logits and its pooled layer outputs, and a frozen teacher answers the same in
-# every epoch. So it is asked once. Its answers are two arrays on disk, and a step reads the few rows and layers that it needs:
-#
-#   logits.npy  (N, C)           float32
-#   pooled.npy  (N, c, d_t)      float16, layer j in column j-1
-#
-# What that saves: a training step costs about three forward passes of the student (one forward, two for the backward pass), and
-# the live teacher, n/m times as deep, adds n/m passes to it in every step of every epoch. With the table it adds them once. Other
-# mappings, variants, seeds and students find the table again, and it does not matter what tokenizer the student has.
-#
-# `ask(rows, layers)` is the interface: row numbers of the training data in, logits (B, C) and pooled layers (B, k, d_t) out. There
-# are two that the loop can't tell apart: `table_teacher` and `live_teacher`.
-
-def autocast(device, precision):
-    """The context for a forward pass in bf16 or fp16; it changes nothing in fp32."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, dtype=torch.float16 if precision == "fp16" else torch.bfloat16)
-
-
-def inputs_of(batch):
-    """What the model's forward gets of a batch: all but the labels."""
-    return {name: tensor for name, tensor in batch.items() if name != "labels"}
-
-
-@torch.no_grad()  # not inference_mode: the projection's backward pass must be able to keep these tensors
-def teacher_answers(teacher, batch, layers, precision="fp32"):
-    """What the teacher says about a batch: logits (B, C) and the pooled outputs (B, k, d_t) of some layers, both in float32.
-
-    Args:
-        teacher: a frozen model, see `freeze`.
-        batch: {input_ids (B, L), attention_mask (B, L), ...}; labels are not looked at.
-        layers: layer numbers, counted from 1, or None: then no hidden states are kept, and None comes back for them.
-        precision: "fp32", "bf16" or "fp16", of the forward pass.
-    """
-    with autocast(teacher.device, precision):
-        output = teacher(**inputs_of(batch), output_hidden_states=layers is not None)
-    return output.logits.float(), (None if layers is None else
-                                   pool_layers(output.hidden_states, batch["attention_mask"], layers))
-
-
-def live_teacher(teacher, data, tokenizer, precision):
-    """ask(rows, layers) -> (logits (B, C), pooled (B, k, d_t)), computed by the teacher each time."""
-    pad = DataCollatorWithPadding(tokenizer)
-
-    def ask(rows, layers):
-        batch = {name: tensor.to(teacher.device) for name, tensor in pad(data[rows]).items()}
-        return teacher_answers(teacher, batch, layers, precision)
-    return ask
-
-
-def table_teacher(folder, device):
-    """ask(rows, layers) -> (logits (B, C), pooled (B, k, d_t)), looked up in a teacher table.
-
-    The files are mapped anew for each look-up, which takes a fraction of a millisecond. With a map that stayed open, all pages
-    that were ever touched would count as this process's memory: in the end, the whole table.
-
-    Args:
-        folder: of logits.npy (N, C) and pooled.npy (N, c, d_t).
-        device: the torch.device on which the answers shall lie.
-    """
-    def move(array):
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        tensor = tensor.pin_memory() if device.type == "cuda" else tensor
-        return tensor.to(device, non_blocking=device.type == "cuda").float()
-
-    def ask(rows, layers):
-        rows = np.asarray(rows)
-        logits = move(np.load(folder / "logits.npy", mmap_mode="r")[rows])
-        if layers is None:
-            return logits, None
-        # Column 0 holds layer 1: the embeddings (hidden_states[0]) are no candidate and not in the table.
-        return logits, move(np.load(folder / "pooled.npy", mmap_mode="r")[rows[:, None], np.asarray(layers) - 1])
-    return ask
-
-
-def fingerprint(teacher, data, *more):
-    """16 hex digits that change with the teacher's weights and with what it is shown: its tokenizer, the data, their length.
-
-    The token numbers stand for those three. The labels do not count, since the teacher does not see them: a copy of the data
-    with other labels shares the table. `more` is whatever else makes the answers different.
-    """
-    digest = hashlib.sha256(repr((type(teacher).__name__, getattr(teacher.config, "num_attention_heads", None), more)).encode())
-    for name, tensor in teacher.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().numpy().tobytes())
-    for rows in data.remove_columns("label").iter(batch_size=1000):
-        digest.update(json.dumps(rows, sort_keys=True).encode())
-    return digest.hexdigest()[:16]
-
-
-def find_or_write_table(teacher, data, tokenizer, settings, home):
-    """The folder of the teacher table: logits.npy (N, C) and pooled.npy (N, c, d_t).
-
-    It lies in `home`. A table that an earlier run made of the same teacher and data, there or in the folder of a run beside
-    this one, is used as it is: a folder with the final name is always whole, see `whole`. Otherwise the teacher is asked, once
-    about each example. Several processes share that work. Memory does not grow with the table: a batch of rows is written and
-    forgotten, so MNLI with a 24-layer teacher of width 1024, a table of 18 GB, is made on a machine of 16 GB.
-
-    Args:
-        teacher, data, tokenizer: the frozen model, the encoded training data (N examples), and what pads it.
-        settings: resolved `Settings`; include_last, precision, teacher and output_dir count.
-        home: the folder in which a new table shall lie: that of the teacher, or the run's.
-    Raises:
-        ValueError: too little disk, before the pass starts, or a teacher that answers NaN or infinity.
-    """
-    n, run_folder, (rank, world) = teacher.config.num_hidden_layers, Path(settings.output_dir), processes()
-    layers = np.arange(1, n + 1 if settings.include_last else n)
-    name = f"table-{fingerprint(teacher, data, len(layers), settings.precision)}"
-    runs = run_folder.absolute().parent  # the folders of all runs: each may hold a table, or a teacher with one
-    places = [home / name, Path(settings.teacher or "") / name, *runs.glob(f"*/{name}"), *runs.glob(f"*/teacher/{name}")]
-    found = agree(next((folder for folder in places if folder.is_dir()), None))
-    if found:
-        say(f"teacher table: found {found}, so the teacher is not asked again")
-        return found
-    batches = length_batches(lengths_of(data), 64)
-    (_, batch), = batches_on(teacher.device, data, tokenizer, batches[:1])  # one batch tells C and d_t
-    logits, pooled = teacher_answers(teacher, batch, layers, settings.precision)           # (64, C), (64, c, d_t)
-    shapes = {"logits": (len(data), *logits.shape[1:]), "pooled": (len(data), *pooled.shape[1:])}
-    owner = hashlib.sha256(str(run_folder.absolute()).encode()).hexdigest()[:8]  # runs side by side may share `home`
-    with whole(home / name, f".{owner}") as part:
-        # Half precision is enough for vectors that will be normalised, unless a layer's output does not fit its range.
-        for half in (np.float16, np.float32):
-            kinds = {"logits": np.dtype(np.float32), "pooled": np.dtype(half)}
-            if rank == 0:
-                size, free = sum(math.prod(shapes[key]) * kinds[key].itemsize for key in shapes), shutil.disk_usage(home).free
-                say(f"teacher table: {len(data):,} examples x {len(layers)} layers x {pooled.shape[2]} -> {human_bytes(size)} "
-                    f"in {home / name}")
-                if size > free:
-                    raise ValueError(f"the teacher table needs {human_bytes(size)} and {home} has {human_bytes(free)} free; make "
-                                     "room, or ask the teacher in each step with --teacher-table off")
-                part.mkdir(exist_ok=True)
-                for key in shapes:
-                    np.lib.format.open_memmap(part / f"{key}.npy", "w+", kinds[key], shapes[key])
-                    if hasattr(os, "posix_fallocate"):  # a disk that fills up says so here, and not by a crash in the middle
-                        with open(part / f"{key}.npy", "r+b") as file:
-                            os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
-            barrier()
-            largest, share = torch.zeros((), device=teacher.device), batches[rank::world]
-            for rows, batch in progress(batches_on(teacher.device, data, tokenizer, share), "asking the teacher", len(share)):
-                logits, pooled = teacher_answers(teacher, batch, layers, settings.precision)
-                largest = torch.maximum(largest, pooled.abs().max()) + 0 * logits.sum()  # NaN and infinity of both stay in it
-                for key, values in (("logits", logits), ("pooled", pooled)):
-                    with np.errstate(over="ignore"):
-                        np.load(part / f"{key}.npy", mmap_mode="r+")[rows] = values.cpu().numpy().astype(kinds[key])
-            largest = largest.nan_to_num(nan=math.inf)  # a maximum over processes might lose a NaN
-            if world > 1:
-                dist.all_reduce(largest, dist.ReduceOp.MAX)
-            if not torch.isfinite(largest):
-                raise ValueError("the teacher's answers contain NaN or infinity: its weights are broken, or its numbers are too large "
-                                 "for --precision fp16 (then fp32 helps)")
-            if largest <= np.finfo(half).max:
-                break
-    return home / name
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. The loop
-# ---------------------------------------------------------------------------------------------------------------------
-# A step, in the order in which it happens: a batch of similar lengths; the student's forward pass; CE against the labels; the
-# teacher's answers for these rows; KD against its logits; RAIL against the layers that this epoch's map names; the weighted sum;
-# backward; AdamW on the student and the two projections. The rest of `train` is about speed, resuming and several processes, and
-# says so where it stands.
-
-def train(model, data, tokenizer, settings, validate, state_file, ask=None, rail=None,
-          num_teacher_layers=None, report=lambda history: None):
-    """Trains `model` in place and returns the history: a list with one dict for each epoch.
-
-    One loop for everything. With `ask` it distils; without it, it learns from the labels alone, which is the baseline
-    `finetune` and also how a teacher is fine-tuned. All that is random in an epoch (map, order, dropout) is seeded by
-    (seed, epoch), and the state is written at the end of each epoch. So a run that was killed and is resumed ends where it
-    would have ended: on a CPU bit for bit.
-
-    Args:
-        model: the student, on its device.
-        data, tokenizer: encoded training data (N examples), and what pads it.
-        settings: resolved `Settings`; all count that are about the method or the training.
-        validate: a function of no arguments that returns the validation metrics of `model`.
-        state_file: where the state is kept. If it is there already, the training goes on from it.
-        ask: ask(rows, layers) -> teacher logits (B, C) and pooled layers (B, k, d_t), see section 7; or None.
-        rail: a `RailLoss` on the same device, or None where the mapping has no intermediate loss.
-        num_teacher_layers: n, needed with `ask`.
-        report: a function that gets the history after each epoch.
-    Raises:
-        FloatingPointError: a loss became NaN or infinite. The state of the epochs before is kept.
-    """
-    (rank, world), device, m = processes(), model.device, model.config.num_hidden_layers
-    student_layers = range(1, m + 1 if settings.include_last else m)
-    weights = objective_weights(settings.mapping, settings.weights)
-    lengths, num_steps = lengths_of(data), math.ceil(len(data) / settings.batch_size)
-
-    # What is trained, and everything that changes while it is. The projections of RailLoss are trained with the student, at the
-    # same learning rate unless --projection-learning-rate gives them their own. `fused` updates all weights in one kernel: for 17
-    # million of them on two CPU cores that takes 12 ms, and a loop over the tensors 81 ms. In fp16 small gradients would
-    # underflow to zero, so the scaler multiplies the loss before backward and divides the gradients after it.
-    trained = nn.ModuleList([model] if rail is None else [model, rail])
-    rates = [settings.learning_rate, settings.projection_learning_rate or settings.learning_rate]
-    optimizer = torch.optim.AdamW([{"params": list(part.parameters()), "lr": rate} for part, rate in zip(trained, rates)],
-                                  weight_decay=settings.weight_decay, fused=device.type in ("cpu", "cuda"))
-    schedule = transformers.get_linear_schedule_with_warmup(
-        optimizer, round(settings.warmup_ratio * num_steps * settings.epochs), num_steps * settings.epochs)
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-    parts, history = {"trained": trained, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}, []
-    if state_file.exists():
-        state = torch.load(state_file, map_location="cpu", weights_only=True)  # never runs code that a file brings along
-        history = state["history"]
-        for name, item in parts.items():
-            item.load_state_dict(state[name])
-        report(history)
-
-    # The same two modules, perhaps with gradients averaged over processes, perhaps compiled. Validation uses the bare model.
-    forward, rail_forward = model, rail
-    if world > 1:
-        devices = [device.index] if device.type == "cuda" else None
-        forward = nn.parallel.DistributedDataParallel(model, devices)
-        rail_forward = rail and nn.parallel.DistributedDataParallel(rail, devices)
-    if settings.compile:
-        forward = torch.compile(forward, dynamic=True)
-
-    for epoch in range(len(history) + 1, settings.epochs + 1):
-        start = time.perf_counter()
-        seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
-        torch.manual_seed(seed + rank)  # for dropout: each process its own
-        batches = length_batches(lengths, settings.batch_size, torch.Generator().manual_seed(seed))
-        mine, share = zip(*(share_of(rows, rank, world) for rows in batches))  # all rows, and 1.0, for one process
-        # The losses of each step stay on the device. Reading a number makes the CPU wait for the GPU, in every step.
-        losses = torch.zeros(num_steps, 5, device=device)  # columns: CE, KD, RAIL, their weighted sum, the projected cosine
-        model.train()
-        for step, (rows, batch) in enumerate(progress(batches_on(device, data, tokenizer, mine), f"epoch {epoch}", num_steps)):
-            with autocast(device, settings.precision):
-                output = forward(**inputs_of(batch), output_hidden_states=rail is not None)
-            logits = output.logits.float()                                           # (B, C); the losses are computed in fp32
-            ce = label_loss(logits, batch["labels"])
-            kd = rail_loss = cosine = torch.zeros((), device=device)                 # what a mapping does not have counts 0
-            if ask is not None:
-                layers = choose_layers(settings, num_teacher_layers, m, epoch, step)
-                teacher_logits, teacher_pooled = ask(rows, layers)                   # (B, C), (B, k, d_t) or None
-                kd = kd_loss(logits, teacher_logits, settings.temperature)
-            if rail is not None:
-                student_pooled = pool_layers(output.hidden_states, batch["attention_mask"], student_layers)      # (B, k, d_s)
-                rail_loss, cosine = rail_forward(student_pooled, teacher_pooled), rail.projected_cosine(teacher_pooled)
-            loss = combined_loss(ce, kd, rail_loss, weights)
-            scaler.scale(loss * share[step]).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses[step] = torch.stack([ce, kd, rail_loss, loss, cosine]).detach() * share[step]
-            if step % 50 == 49 or step == num_steps - 1:  # now and then the CPU may wait
-                bad = (~torch.isfinite(losses).all(dim=1)).nonzero()
-                if len(bad):
-                    raise FloatingPointError(f"a loss became NaN or infinite at step {int(bad[0]) + 1} of epoch {epoch}; what was "
-                                             "finished before is kept. A new run with a lower --learning-rate or --precision fp32 "
-                                             "may help")
-        if world > 1:
-            dist.all_reduce(losses)  # of a batch, the weights of `share_of` sum to `world` over the processes
-        sizes = torch.tensor([len(rows) for rows in batches], device=device)
-        means = (losses / world * sizes[:, None]).sum(dim=0) / len(data)  # (5,) over examples: the last batch may be smaller
-        seconds, drawn = time.perf_counter() - start, None
-        if rail is not None and settings.mapping != "attention" and settings.resample == "epoch":
-            drawn = choose_layers(settings, num_teacher_layers, m, epoch).tolist()
-        record = {"epoch": epoch, "layers": drawn} | dict(zip(("ce", "kd", "rail", "total", "projected_cosine"), means.tolist())) | {
-            "seconds": seconds, "examples_per_second": len(data) / seconds} | validate()
-        history.append(record)
-        with whole(state_file) as part:
-            if rank == 0:
-                state = io.BytesIO()  # so that a full disk is an OSError of the write
-                torch.save({"history": history} | {name: item.state_dict() for name, item in parts.items()}, state)
-                part.write_bytes(state.getbuffer())
-        say_epoch(record, settings)
-        report(history)
-    return history
-
-
-def share_of(rows, rank, world):
-    """(rows, weight): what process `rank` of `world` does of a batch, and how much its mean loss counts.
-
-    It takes every world-th row. All processes must take part in every step, so one that gets no row computes some row with
-    weight 0. DistributedDataParallel averages the gradients over the processes; the weights make that average the gradient of
-    the mean over the whole batch, also where the rows can't be shared evenly.
-    """
-    own = rows[rank::world]
-    return own or rows[:1], len(own) * world / len(rows)
-
-
-def say_epoch(record, settings):
-    """One line for an epoch: the map in readable form, the losses that there are, the validation score, the speed."""
-    pairs = " ".join(f"{i}←{j}" for i, j in enumerate(record["layers"] or [], 1))
-    pairs = pairs or settings.mapping + ", redrawn in each step" * (settings.mapping == "random")
-    losses = "  ".join(f"{name} {record[name]:.4f}" for name in ("ce", "kd", "rail") if record[name] != 0)
-    metric = main_metric(record)
-    say(f"  epoch {record['epoch']:2}/{settings.epochs}  {pairs}   {losses}   {metric} {record[metric]:.4f}   "
-        f"{record['examples_per_second']:,.0f} examples/s")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 9. The score
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics are computed once over a whole set, never as a mean over batches: the last batch is smaller, and F1 or a correlation
-# of the whole is not the mean of those of its parts.
 
 def ranks(values):
-    """Ranks from 1; equal values share the mean of their ranks, as Spearman's correlation wants it."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)   # (distinct,), (N,), (distinct,)
+    """Ranks from 1; equal values share the mean of their ranks, as Spearman's correlation wants."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def correlation(a, b):
-    """Pearson's r of two arrays (N,); 0 where one of them is constant, since then it tells nothing."""
-    a, b = a - a.mean(), b - b.mean()
-    scale = math.sqrt((a @ a) * (b @ b))
-    return float(a @ b) / scale if scale > 0 else 0.0
+    """Pearson's r of two arrays (N,); 0 where one of them is constant: it tells nothing then."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return float(np.nan_to_num(np.corrcoef(a, b)[0, 1]))
 
 
 def compute_metrics(logits, labels, task=None, teacher_logits=None):
-    """The metrics of a task, over a whole set at once: (N, C), (N,) -> {"accuracy": ..., ...}.
+    """The metrics of GLUE for arrays (N, C) and (N,): {"accuracy": ..., "eval_loss": ...}.
 
-    GLUE's own metrics for its tasks, accuracy for other classes, the two correlations for a regression. Then `eval_loss`
-    (cross-entropy in nats, or mean squared error) and, for classes, `ece`: the expected calibration error, the gap between
-    confidence and accuracy over 15 bins of confidence (Guo et al. 2017). With the teacher's logits (N, C) for the same
-    examples also `agreement`: the share of the examples, right or wrong, for which both choose the same class.
+    Own classes have accuracy, own regressions the two correlations. `eval_loss` is CE in nats, or
+    the mean squared error; `agreement` the share of the examples, right or wrong, for which the
+    teacher, with logits (N, C), chooses the same class.
     """
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
+    loss = {"eval_loss": float(label_loss(torch.tensor(logits), torch.tensor(labels)))}
     if logits.shape[1] == 1:
         output = logits[:, 0]
-        return {"pearson": correlation(output, labels), "spearmanr": correlation(ranks(output), ranks(labels)),
-                "eval_loss": float(np.mean((output - labels) ** 2))}
-    log_probs = logits - logits.max(axis=1, keepdims=True)
-    log_probs -= np.log(np.exp(log_probs).sum(axis=1, keepdims=True))                 # (N, C)
-    predicted, confidence = logits.argmax(axis=1), np.exp(log_probs.max(axis=1))      # (N,), (N,)
-    correct = predicted == labels
-    hits, claims, positives = np.sum((predicted == 1) & (labels == 1)), np.sum(predicted == 1), np.sum(labels == 1)
-    values = {"accuracy": correct.mean(), "f1": 2 * hits / max(claims + positives, 1),
-              "matthews_correlation": correlation((predicted == 1).astype(float), (labels == 1).astype(float))}
-    bins = np.minimum((confidence * 15).astype(int), 14)                              # (N,) from 0 to 14
-    gaps = np.abs(np.bincount(bins, weights=correct - confidence))                    # (up to 15,) |hits - expected hits| a bin
-    wanted = GLUE[task][1] if task in GLUE else ["accuracy"]
+        spearman = correlation(ranks(output), ranks(labels))
+        return {"pearson": correlation(output, labels), "spearmanr": spearman} | loss
+    predicted, positive = logits.argmax(axis=1), labels == 1                    # (N,), (N,)
+    f1 = 2 * np.sum((predicted == 1) & positive) / max(np.sum(predicted == 1) + positive.sum(), 1)
+    values = {"accuracy": float(np.mean(predicted == labels)), "f1": float(f1),
+              "matthews_correlation": correlation(predicted == 1, positive)}
+    scores = {name: values[name] for name in METRICS.get(task, ["accuracy"])}
     if teacher_logits is not None:
-        values["agreement"] = np.mean(predicted == teacher_logits.argmax(axis=1))
-        wanted = [*wanted, "agreement"]
-    return {name: float(values[name]) for name in wanted} | {
-        "eval_loss": float(-log_probs[np.arange(len(labels)), labels].mean()), "ece": float(gaps.sum() / len(labels))}
-
-
-@torch.no_grad()
-def predict(model, data, tokenizer, precision="fp32"):
-    """The model's logits for an encoded Dataset, in the order of the Dataset: float32 array (N, C). Leaves it in eval mode."""
-    model.eval()
-    batches, logits = length_batches(lengths_of(data), 64), None
-    for rows, batch in batches_on(model.device, data, tokenizer, batches):
-        with autocast(model.device, precision):
-            output = model(**inputs_of(batch)).logits.float().cpu().numpy()
-        logits = np.empty((len(data), output.shape[1]), np.float32) if logits is None else logits
-        logits[rows] = output
-    if not np.isfinite(logits).all():
-        raise FloatingPointError("a model's outputs became NaN or infinite; a new run with --precision fp32 or a lower "
-                                 "--learning-rate may help")
-    return logits
+        scores["agreement"] = float(np.mean(predicted == np.argmax(teacher_logits, axis=1)))
+    return scores | loss
 
 
 def evaluate(model, data, tokenizer, task=None, precision="fp32", teacher_logits=None):
-    """The metrics of a model over a whole encoded Dataset, {"accuracy": ..., "eval_loss": ..., ...}, see `compute_metrics`.
+    """The metrics of a model for an encoded Dataset with labels, see `compute_metrics`."""
+    logits = predict(model, data, tokenizer, precision)
+    return compute_metrics(logits, data["label"], task, teacher_logits)
 
-    Args:
-        model, data, tokenizer: a classifier, an encoded Dataset with its labels, and the tokenizer that pads it.
-        task: the name of a GLUE task, which says what the metrics are; None for own data.
-        precision: "fp32", "bf16" or "fp16", of the forward pass.
-        teacher_logits: (N, C), for the agreement with the teacher.
+
+def score(model, sets, tokenizer, settings, teacher_logits={}):
+    """The metrics of all sets but "train". Those of MNLI's second set end in _mismatched, and
+    those of further files stand under "evaluation"."""
+    found = {name: evaluate(model, data, tokenizer, settings.task, settings.precision,
+                            teacher_logits.get(name)) for name, data in sets.items() if name != "train"}
+    other = {f"{key}_mismatched": x for key, x in found.pop("validation_mismatched", {}).items()}
+    return found.pop("validation") | other | {"evaluation": found}
+
+
+@torch.no_grad()
+def projected_cosine(rail, teacher_pooled):
+    """The mean cosine of different sentences after the teacher's projection, see section 2.
+
+    teacher_pooled: (B, k, d_t). Near 1, the loss has found its trivial answer.
     """
-    return compute_metrics(predict(model, data, tokenizer, precision), data["label"], task, teacher_logits)
+    t = F.normalize(rail.project(rail.teacher_proj, teacher_pooled), dim=-1)
+    # || sum of t ||^2 is B, from each vector with itself, plus the cosines of B (B - 1) pairs.
+    return float(((t.sum(dim=0).pow(2).sum(-1) - len(t)) / max(len(t) * (len(t) - 1), 1)).mean())
 
 
-def milliseconds_per_sentence(model, data, tokenizer, precision="fp32", repeats=30):
-    """Median time of a forward pass with a single sentence, in milliseconds, on the model's device, tokenization not counted."""
-    model.eval()
-    rows, times = [[i % len(data)] for i in range(repeats + 5)], []
-    for _, batch in batches_on(model.device, data, tokenizer, rows):
-        start = time.perf_counter()
-        with torch.no_grad(), autocast(model.device, precision):
-            model(**inputs_of(batch)).logits.cpu()  # .cpu() waits for the device
-        times.append((time.perf_counter() - start) * 1000)
-    return float(np.median(times[5:]))  # the first ones warm up
+def costs(model, data, tokenizer, precision):
+    """What a model costs: layers, parameters, bytes, and the median time of one sentence in ms."""
+    batch, times = make_batch(data, tokenizer, [0], model.device), [time.perf_counter()]
+    for _ in range(30):
+        with torch.no_grad():
+            outputs_of(model, batch, precision)[0].cpu()       # .cpu() waits for the device
+        times.append(time.perf_counter())
+    return {"layers": model.config.num_hidden_layers, "parameters": model.num_parameters(),
+            "bytes": sum(tensor.nbytes for tensor in model.state_dict().values()),
+            "milliseconds_per_sentence": 1000 * float(np.median(np.diff(times)))}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 10. The whole job
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run leaves in its folder:
-#
-#   student/        weights (safetensors), tokenizer, label names, model card: pipeline("text-classification", model=".../student")
-#   teacher/        the same for a teacher that was fine-tuned here, and in it table-.../, its answers
-#   metrics.json    settings as used, versions, device; layers, parameters, bytes, milliseconds and scores of both models; for each
-#                   epoch the map, the losses, the projected cosine, the seconds and every validation metric; scores on
-#                   --eval-file; the seconds in all and the peak memory (of the last process, where a run was resumed)
-#   *.pt            while it runs: the state after the last finished epoch, for --resume
+def warn_of_weak_teacher(logits, labels):
+    """Says so where a teacher knows no more than the largest class, or the mean of a regression."""
+    labels = np.array(labels)
+    error, floor = np.mean((logits[:, 0] - labels) ** 2), labels.var()
+    if logits.shape[1] > 1:
+        error, floor = np.mean(logits.argmax(1) != labels), 1 - np.bincount(labels).max() / len(labels)
+    if error >= floor:
+        log(f"\n!!! The teacher's error is {error:.3g}; without reading the text it is {floor:.3g}."
+            "\n!!! It is weak or broken, or its labels mean something else.\n")
+
+
+# ---- 8. Settings -------------------------------------------------------------------------------
+
+
+def option(default, text):
+    """A field of Settings: its default, and the sentence that --help shows."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text})
+
 
 @dataclasses.dataclass
-class Side:
-    """Teacher or student, and all data as its own tokenizer encodes it."""
+class Settings:
+    """Everything that a run depends on. HfArgumentParser makes a flag of each field."""
 
-    model: nn.Module
-    tokenizer: transformers.PreTrainedTokenizerBase
-    train: datasets.Dataset = None
-    validation: dict = None  # name -> Dataset; the name is "" for most tasks, "matched" and "mismatched" for MNLI
-    evaluation: dict = None  # file -> Dataset
+    task: Literal[("toy", *GLUE)] | None = option(None, "The toy (default), or a task of GLUE.")
+    train_file: str | None = option(None, "Own CSV or JSON lines: sentence, maybe sentence2, label.")
+    validation_file: str | None = option(None, "Own validation data with the same columns.")
+    eval_file: list[str] = option([], "Further files to score, such as text of another domain.")
+    max_train_examples: int | None = option(None, "Draw this many training examples (toy: make).")
+    max_length: int = option(128, "Cut longer inputs to this many tokens.")
+    teacher: str | None = option(None, "Folder or hub name (default: BERT-base; the toy makes one).")
+    teacher_epochs: int | None = option(None, "For one without a classifier (default: 3, toy 5).")
+    student_layers: int | None = option(None, "Cut from the teacher (default: a third of its).")
+    student: str | None = option(None, "Instead: folder or hub name of a student of any kind.")
+    mapping: Literal["random", "skip", "last", "attention", "none", "finetune"] = option(
+        "random", "Teacher layers: drawn, evenly spaced, last, all; none: CE and KD; finetune: CE.")
+    variant: Literal["layerwise", "concat"] = option("layerwise", "RAIL-KD^l or RAIL-KD^c.")
+    resample: Literal["epoch", "step"] = option("epoch", "When to draw a new map.")
+    centre: bool = option(False, "Take the batch mean off both sides before they get unit length.")
+    projection_size: int = option(128, "Width u of the projections.")
+    projection_learning_rate: float | None = option(None, "Of the projections (default: the same).")
+    temperature: float = option(2.0, "Softens both output distributions in KD.")
+    weights: list[float] = option([1 / 3] * 3, "Of CE, KD and RAIL (none: rescaled); they sum to 1.")
+    epochs: int | None = option(None, "Epochs of distillation (default: 10, toy 8).")
+    batch_size: int = option(32, "Examples in a step, over all processes together.")
+    learning_rate: float | None = option(None, "Peak rate of AdamW (default: 5e-5, toy 5e-4).")
+    seed: int = option(0, "Everything random comes from it.")
+    device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: the first there is.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "auto: a half on CUDA.")
+    output_dir: str | None = option(None, "New folder for the results (default: one in runs/).")
+    resume: str | None = option(None, "Folder of a run to finish; beside it, device and precision.")
 
-    def encode(self, train, validation, evaluation, max_length):
-        """Fills the three data fields from Datasets of text."""
-        def encoded(data):
-            return encode(data, self.tokenizer, self.model, max_length)
-        self.train = encoded(train)
-        self.validation = {name: encoded(data) for name, data in validation.items()}
-        self.evaluation = {name: encoded(data) for name, data in evaluation.items()}
+    def resolve(self):
+        """A copy with all defaults filled in and all values checked. Raises ValueError."""
+        new, files = dataclasses.replace(self), [self.train_file, self.validation_file]
+        new.task = self.task or ("toy" if files == [None, None] else None)
+        # With one draw per epoch and 12 -> 4 layers, 10 epochs let 96 % of the layers teach.
+        defaults = {"teacher": ("bert-base-uncased", None), "epochs": (10, 8),
+                    "teacher_epochs": (3, 5), "learning_rate": (5e-5, 5e-4)}        # text, toy
+        for name, value in dataclasses.asdict(new).items():
+            flag, least = f"--{name.replace('_', '-')}", {"seed": 0, "max_length": 4}.get(name, 1)
+            if value is None and name in defaults:
+                setattr(new, name, defaults[name][new.task == "toy"])
+            if value in ("", [""]):
+                raise ValueError(f"{flag} is empty: give a value, or leave it out")
+            if type(value) is int and not least <= value < 2 ** 63:
+                raise ValueError(f"{flag} {value}: must be at least {least}")
+            if type(value) is float and not 0 < value < math.inf:                   # also NaN
+                raise ValueError(f"{flag} {value}: must be a positive number")
+        share = combined_loss(1.0, 1.0, 0.0, new.weights)      # CE and KD; all that `none` has
+        if new.mapping == "none" and share > 0:
+            new.weights = [new.weights[0] / share, new.weights[1] / share, 0.0]
+        if new.mapping == "finetune":
+            new.weights = [1.0, 0.0, 0.0]
+        new.device, new.precision = resolve_device(new.device, new.precision)
+        name = f"{new.task or Path(new.train_file or '').stem}-{new.mapping}-seed{new.seed}"
+        new.output_dir = new.output_dir or f"runs/{name}-{time.time():.0f}-{os.getpid()}"
+        out = Path(new.output_dir)
+        conflicts = {
+            "--task and own files exclude each other": new.task and files != [None, None],
+            "--train-file and --validation-file belong together": files.count(None) == 1,
+            "--student and --student-layers exclude each other": new.student and new.student_layers,
+            "--mapping attention needs --variant layerwise":
+                (new.mapping, new.variant) == ("attention", "concat"),
+            "--mapping none leaves nothing to learn from": new.mapping == "none" and share == 0,
+            "--max-train-examples: the toy makes at most 100000":
+                new.task == "toy" and (new.max_train_examples or 0) > 100_000,
+            f"--output-dir {out} is in use: name a new folder":
+                not new.resume and out.exists() and (out.is_file() or any(out.iterdir()))}
+        for text, found in conflicts.items():
+            if found:
+                raise ValueError(text)
+        return new
 
-    def validate(self, settings, teacher_logits=None):
-        """(metrics, logits by name) of all validation sets. MNLI's second set has its name behind each of its metrics."""
-        metrics, logits = {}, {}
-        for name, data in self.validation.items():
-            logits[name] = predict(self.model, data, self.tokenizer, settings.precision)
-            found = compute_metrics(logits[name], data["label"], settings.task, teacher_logits and teacher_logits[name])
-            metrics |= {key if name in ("", "matched") else f"{key}_{name}": value for key, value in found.items()}
-        return metrics, logits
 
-    def costs(self, settings):
-        """{"layers", "parameters", "bytes" of the weights on disk, "milliseconds_per_sentence" at batch size 1}."""
-        data = next(iter(self.validation.values()))
-        return {"layers": self.model.config.num_hidden_layers, "parameters": self.model.num_parameters(),
-                "bytes": sum(tensor.nbytes for tensor in self.model.state_dict().values()),
-                "milliseconds_per_sentence": milliseconds_per_sentence(self.model, data, self.tokenizer, settings.precision)}
-
-    def save(self, folder, card):
-        """Writes a folder that `transformers.pipeline` loads as it is: safetensors, tokenizer, label names, model card."""
-        with whole(folder) as part:
-            if processes()[0] == 0:
-                self.model.save_pretrained(part)
-                self.tokenizer.save_pretrained(part)
-                (part / "README.md").write_text(card, encoding="utf-8")
+def resolve_device(device, precision):
+    """("auto", "auto") -> for example ("cuda", "bf16"). Raises ValueError for what is not there."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name in found if found[name])
+    offered = {"cuda": ["bf16", "fp16", "fp32"], "mps": ["fp32"], "cpu": ["fp32", "bf16"]}[device]
+    if found[device] and device == "cuda" and torch.cuda.get_device_capability()[0] < 8:
+        offered = ["fp16", "fp32", "bf16"]         # a T4 only emulates bf16, slowly
+    if not found[device] or precision not in ["auto", *offered]:
+        raise ValueError(f"--device {device} --precision {precision} can't be had here")
+    return device, offered[0] if precision == "auto" else precision
 
 
-def peak_memory():
-    """The most memory that this process has used so far, in bytes: of the GPU if it used one, else of the machine."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def resume_settings(folder, given):
-    """The settings of the run in `folder`, to go on with it.
-
-    Args:
-        folder: of the run; it may have been moved.
-        given: {name: value} of settings that a user gave beside --resume.
-    Raises:
-        ValueError: no run lies there, or something given contradicts its settings; the message names the first.
-    """
-    file = Path(folder) / "metrics.json"
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))["settings"]
-        settings = Settings(**saved | {"resume": str(folder), "output_dir": str(folder)})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--resume {folder}: no run can be resumed there ({file.name}: {first_line(error)})") from error
-    for name, value in given.items():
-        if name not in ("resume", "output_dir") and value not in ("auto", saved.get(name)):
-            raise ValueError(f"--{name.replace('_', '-')} {value} contradicts the run being resumed, which has {saved.get(name)}; "
-                             "leave it out, or start a new run")
-    return settings
+# ---- 9. The whole job --------------------------------------------------------------------------
 
 
 def run(settings):
-    """The whole job, from `Settings` to a distilled student on disk. Returns what metrics.json holds.
+    """From Settings to a student on disk; returns what metrics.json holds.
 
-    Raises ValueError or OSError, with one sentence, for what a user can mend, and FloatingPointError for a loss that diverged.
+    The folder of a run holds student/ and, if it was fine-tuned here, teacher/, both as
+    transformers' pipeline loads them, and metrics.json; *.pt is the state after the last epoch. A
+    resumed run does the same again and finds what is there. student/ is written last.
+    Raises ValueError, OSError or FloatingPointError, with a sentence for the user.
     """
-    quiet()
-    if settings.resume:
-        default = Settings()
-        settings = resume_settings(settings.resume, {name: value for name, value in dataclasses.asdict(settings).items()
-                                                     if value != getattr(default, name)})
-    settings = settings.resolve()
-    settings.output_dir = agree(settings.output_dir)  # its default holds the time
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    settings, first = (resumed(settings) if settings.resume else settings).resolve(), processes()[0] == 0
+    settings.output_dir = of_first(settings.output_dir)
     out = Path(settings.output_dir)
-    if settings.resume:
-        finished = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-        if "evaluation" in finished:
-            say(f"{out} is finished already: its student lies in {out / 'student'}, its numbers in {out / 'metrics.json'}")
-            return finished
-    try:
-        return distil(settings, out)
-    except KeyboardInterrupt:
-        hint = f"; go on with:  python rail_kd.py --resume {out}" if (out / "metrics.json").exists() else ""
-        raise KeyboardInterrupt(f"stopped{hint}") from None
+    if (out / "student").is_dir():
+        log(f"{out} is finished already.")
+        return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
 
-
-def distil(settings, out):
-    """What `run` does once the settings are checked and the folder `out` is known. Five steps, each a paragraph."""
-    begin, device = time.perf_counter(), torch.device(settings.device)
-
-    # 1. Data and models. Whatever can be wrong with them shows here, before the slow part and before anything is written.
-    train_set, validation = load_task(settings)
-    evaluation = {path: match(read_file(path), train_set, path) for path in settings.eval_file}
-    feature = train_set.features["label"]
-    torch.manual_seed(settings.seed)  # for classifiers that are new
-    if settings.teacher is None:
-        (model, tokenizer), has_classifier = toy_teacher(settings.seed), False
-        use_labels_of(model, feature)
+    # 1. Data and models. What is wrong with them shows here, before anything is slow or written.
+    sets = load_task(settings)
+    feature = sets["train"].features["label"]
+    places = [out / "teacher", Path(settings.teacher or out), out]
+    torch.manual_seed(settings.seed)                           # for new classifiers
+    if places[0].is_dir() or settings.teacher:
+        source = places[0] if places[0].is_dir() else settings.teacher
+        teacher, tokenizer, trained = load_classifier(str(source), feature, "teacher")
     else:
-        model, tokenizer, has_classifier = load_classifier(settings.teacher, feature, "teacher")
-    teacher = Side(model.to(device), tokenizer)
-    teacher.encode(train_set, validation, evaluation, settings.max_length)
-    n = model.config.num_hidden_layers
+        (teacher, tokenizer), trained = toy_teacher(settings.seed), False
+        use_labels(teacher, feature)
+    n = teacher.config.num_hidden_layers
     if settings.student:
-        student = Side(*load_classifier(settings.student, feature, "student")[:2])
-        student.encode(train_set, validation, evaluation, settings.max_length)
-    else:  # same tokenizer, same data. This cut shows whether it is possible; it is done again when the teacher has learned
+        student, words, _ = load_classifier(settings.student, feature, "student")
+    else:
         settings.student_layers = settings.student_layers or min(n, max(n // 3, 2))
-        student = dataclasses.replace(teacher, model=build_student(model, settings.student_layers))
-    m = student.model.config.num_hidden_layers
-    choose_layers(settings, n, m, epoch=1)  # raises where the two have no layers to map
-    if n == 1 and not settings.include_last:
-        raise ValueError("a teacher of one layer has no intermediate layers; --include-last makes its only layer a candidate")
+        student, words = build_student(teacher, settings.student_layers), tokenizer
+    m, rail = student.config.num_hidden_layers, None
+    if settings.mapping not in ("none", "finetune"):
+        if not 2 <= m <= n:
+            raise ValueError(f"{m} student layers have no map to {n} teacher layers: take 2 to {n}")
+        variant = "attention" if settings.mapping == "attention" else settings.variant
+        rail = RailLoss(teacher.config.hidden_size, student.config.hidden_size, m - 1, variant,
+                        settings.projection_size, settings.centre)
+    teacher_sets = prepare(teacher, tokenizer, sets, settings, "teacher")
+    student_sets = prepare(student, words, sets, settings, "student")
 
-    # 2. From here on there is a folder, and what happens can be resumed. The settings are kept with the numbers, always: without
-    # them nobody can repeat a result.
-    if processes()[0] == 0:
-        out.mkdir(parents=True, exist_ok=True)
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    # 2. A folder, claimed by a file that only one run can create. From here on, --resume works.
     results = {
         "settings": dataclasses.asdict(settings) | {"resume": None},
-        "versions": {"python": platform.python_version()} | {lib.__name__: lib.__version__ for lib in (torch, transformers, datasets, np)},
-        "device": f"{device.type} ({chip}, {torch.get_num_threads()} threads, processes: {processes()[1]})",
+        "versions": {lib.__name__: lib.__version__ for lib in (torch, transformers, datasets, np)},
+        "device": f"{settings.device}, {torch.get_num_threads()} threads, {processes()[1]} processes",
         "teacher": {}, "student": {}, "epochs": []}
+    if first and not settings.resume:
+        with refuse(f"--output-dir {out} is in use, or can't be written to"):
+            out.mkdir(parents=True, exist_ok=True)
+            open(out / "metrics.json", "x").close()
     save_json(out / "metrics.json", results)
-    say_plan(settings, teacher, student, train_set, validation, results["device"])
+    kind = f"classes {', '.join(feature.names)}" if hasattr(feature, "names") else "a regression"
+    log(f"data     {len(sets['train']):,} training examples, {kind}\nresults  {out}")
+    for role, model in (("teacher", teacher), ("student", student)):
+        log(f"{role}  {model.config.num_hidden_layers} layers, {model.num_parameters():,} parameters")
 
-    # 3. The teacher. One without a trained classifier is fine-tuned by the same loop, with CE alone. Then it is frozen and scored:
-    # a weak teacher must not go unnoticed.
-    if not has_classifier:
-        say(f"The teacher ({settings.teacher or 'made on the spot'}) has no trained classifier yet, so it is fine-tuned first:")
-        own_set = teacher.train
+    # 3. The teacher. One without a trained classifier is fine-tuned first, by the same loop.
+    if not trained:
+        log("The teacher has no trained classifier yet, so it is fine-tuned first:")
+        data = teacher_sets["train"]
         if settings.task == "toy":
-            own_set = encode(load_task(settings, for_teacher=True)[0], tokenizer, model, settings.max_length)
-        plan = dataclasses.replace(settings, mapping="finetune", epochs=settings.teacher_epochs, compile=False)
-        history = train(model, own_set, tokenizer, plan, lambda: teacher.validate(settings)[0], out / "teacher.pt")
-        teacher.save(out / "teacher", model_card(settings, "Teacher", history[-1]))
-        say(f"  saved; further runs can use it with  --teacher {out / 'teacher'}")
-        results["teacher"]["epochs"] = history
-    freeze(model)
-    scores, teacher_logits = teacher.validate(settings)
-    results["teacher"] |= teacher.costs(settings) | scores
-    warn_of_weak_teacher(teacher_logits, validation)
+            data = load_task(settings, for_teacher=True)["train"]
+            data = encode(data, tokenizer, teacher, settings.max_length)
+        plan = dataclasses.replace(settings, mapping="finetune", weights=[1.0, 0.0, 0.0],
+                                   epochs=settings.teacher_epochs)
+        results["teacher"]["epochs"] = train(
+            Distiller(teacher, None, plan), data, tokenizer, plan, out / "teacher.pt",
+            lambda layers: score(teacher, teacher_sets, tokenizer, plan), log_epoch)
+        save_model(out / "teacher", teacher, tokenizer)
+        log(f"It can be used again with --teacher {shlex.quote(str(out / 'teacher'))}")
+        if not settings.student:                   # cut again, from what has learned by now
+            student = build_student(teacher, m)
+    teacher.requires_grad_(False)
+    results["teacher"] |= score(teacher, teacher_sets, tokenizer, settings)
+    results["teacher"] |= costs(teacher, teacher_sets["train"], tokenizer, settings.precision)
+    teacher_logits = {name: predict(teacher, data, tokenizer, settings.precision)
+                      for name, data in teacher_sets.items() if name != "train"}
+    warn_of_weak_teacher(teacher_logits["validation"], teacher_sets["validation"]["label"])
 
-    # 4. The teacher's answers, the student, the projections, and the loop that brings them together.
-    ask = rail = None
+    # 4. The loop that brings teacher, student and projections together.
+    outputs = {}
     if settings.mapping != "finetune":
-        if settings.teacher_table == "off":
-            ask = live_teacher(model, teacher.train, tokenizer, settings.precision)
-        else:  # the table lies beside the teacher, or in the run's folder for a teacher from the hub
-            home = out / "teacher" if not has_classifier else Path(settings.teacher) if os.access(settings.teacher, os.W_OK) else out
-            ask = table_teacher(find_or_write_table(model, teacher.train, tokenizer, settings, home), device)
-    if not settings.student:
-        student.model = build_student(model, m)
-    student.model.to(device)
-    if settings.mapping not in ("none", "finetune"):
-        torch.manual_seed(settings.seed)
-        rail = RailLoss(model.config.hidden_size, student.model.config.hidden_size, m if settings.include_last else m - 1,
-                        "attention" if settings.mapping == "attention" else settings.variant, settings.projection_size,
-                        settings.projection).to(device)
-    say("Distillation:" if ask else "Training on the labels alone:")
-    results["epochs"] = train(student.model, student.train, student.tokenizer, settings,
-                              lambda: student.validate(settings, teacher_logits)[0], out / "student.pt", ask, rail, n,
-                              lambda history: save_json(out / "metrics.json", results | {"epochs": history}))
+        place = next(x for x in places if x.is_dir() and os.access(x, os.W_OK))
+        outputs = {"num_teacher_layers": n, "teacher_outputs": teacher_table(
+            teacher, teacher_sets["train"], tokenizer, settings, place)}
 
-    # 5. The student is saved, its cost measured, and both are scored on further files, such as text of another domain.
-    student.save(out / "student", model_card(settings, "Student", results["epochs"][-1]))
-    results["student"] = student.costs(settings) | student.validate(settings, teacher_logits)[0]
-    results["evaluation"] = {path: {
-        name: evaluate(side.model, side.evaluation[path], side.tokenizer, settings.task, settings.precision)
-        for name, side in (("teacher", teacher), ("student", student))} for path in evaluation}
-    results |= {"seconds": time.perf_counter() - begin, "peak_memory_bytes": peak_memory()}
+    def student_scores(layers=None):
+        found = score(student, student_sets, words, settings, teacher_logits)
+        if rail is not None and layers is not None:
+            some = range(min(256, len(teacher_sets["train"])))
+            found["projected_cosine"] = projected_cosine(rail, outputs["teacher_outputs"](some, layers)[1])
+        return found
+
+    def report(history):
+        log_epoch(history)
+        save_json(out / "metrics.json", results | {"epochs": history})
+
+    results["epochs"] = train(
+        Distiller(student, rail, settings).to(settings.device), student_sets["train"], words, settings,
+        out / "student.pt", student_scores, report, **outputs)
+    results["student"] = student_scores() | costs(student, student_sets["train"], words, settings.precision)
+    results["evaluation"] = {path: {role: results[role]["evaluation"][path] for role in (
+        "teacher", "student")} for path in settings.eval_file}
     save_json(out / "metrics.json", results)
-    if processes()[0] == 0:
-        for state in ("teacher.pt", "student.pt"):
-            (out / state).unlink(missing_ok=True)
-    say_results(results, out, device.type)
+    save_model(out / "student", student, words)                # last: the mark of a finished run
+    log_results(results)
+    for file in out.glob("*.pt") if first else ():
+        file.unlink()
     return results
 
 
-def say_plan(settings, teacher, student, train_set, validation, device):
-    """Prints what is about to happen."""
-    if settings.task == "toy":
-        say("The toy: short reviews in which the main clause decides, so that counting words says little.")
-        for row in validation[""].select(range(3)):
-            say(f"    {validation[''].features['label'].names[row['label']]:8}  {row['sentence1']}")
-        say(f"The teacher learns from {8 * len(train_set):,} of them. The student gets {len(train_set):,} others, and a fifth of their "
-            "labels is wrong.")
-    for name, side in (("teacher", teacher), ("student", student)):
-        say(f"{name}:   {side.model.config.num_hidden_layers} layers, {side.model.num_parameters():,} parameters")
-    steps = settings.epochs * math.ceil(len(train_set) / settings.batch_size)
-    say(f"training:  {len(train_set):,} examples x {settings.epochs} epochs = {steps:,} steps of {settings.batch_size}, {settings.precision} "
-        f"on {device}")
-    rail = f"RAIL({', '.join([settings.variant, settings.mapping + ' map', f'u={settings.projection_size}', *settings.projection])})"
-    terms = zip(objective_weights(settings.mapping, settings.weights), ("CE", f"KD(T={settings.temperature:g})", rail))
-    say("objective: " + " + ".join(f"{weight:.3g} {name}" for weight, name in terms if weight))
+def log_epoch(history):
+    """One line for the last epoch: map, losses, score, speed."""
+    last = history[-1]
+    pairs = " ".join(f"{i}←{j}" for i, j in enumerate(last["layers"] or [], 1))
+    losses = "  ".join(f"{name} {last[name]:.4f}" for name in ("ce", "kd", "rail") if last[name])
+    log(f"  epoch {last['epoch']:2}  {pairs}  {losses}  {main_score(last)}  "
+        f"{last['examples_per_second']:,.0f} examples/s")
 
 
-def warn_of_weak_teacher(teacher_logits, validation):
-    """Says so, prominently, where the teacher is no better than always naming the largest class, or the mean of a regression."""
-    for name, logits in teacher_logits.items():
-        labels = np.array(validation[name]["label"])
-        if logits.shape[1] > 1:
-            right, share = np.mean(logits.argmax(1) == labels), np.bincount(labels).max() / len(labels)
-            weak, found = right <= share, f"right on {right:.1%} of the validation examples; the largest class alone is {share:.1%}"
-        else:
-            error, spread = np.mean((logits[:, 0] - labels) ** 2), labels.var()
-            weak, found = error >= spread, f"off by {error:.3g} (mean squared error); the validation labels' own variance is {spread:.3g}"
-        if weak:
-            say(f"\n!!! The teacher is {found}.\n!!! It is weak or broken, or its labels mean something else: a student can't learn "
-                "from it.\n")
+def main_score(scores):
+    """The first metric of a task, as text."""
+    name = next(name for name in scores if name in ("accuracy", "matthews_correlation", "pearson"))
+    return f"{name} {scores[name]:.4f}"
 
 
-def say_results(results, out, device):
-    """Prints the small table at the end, and where everything lies."""
-    metric = main_metric(results["student"])
-    say(f"\n          layers   parameters   on disk   {metric:>21}   ms a sentence ({device})")
-    for name in ("teacher", "student"):
-        row = results[name]
-        say(f"{name}   {row['layers']:6}   {row['parameters']:10,}   {human_bytes(row['bytes']):>7}   {row[metric]:21.4f}   "
-            f"{row['milliseconds_per_sentence']:.2f}")
-    for path, scores in results["evaluation"].items():
-        say(f"{path}: " + ", ".join(f"{name} {metric} {scores[name][metric]:.4f}" for name in ("teacher", "student")))
-    say(f"\nThe student lies in {out / 'student'}, all numbers in {out / 'metrics.json'}.")
+def log_results(results):
+    """The two-row table at the end."""
+    log("\n         layers  parameters  megabytes  ms per sentence  score")
+    for role in ("teacher", "student"):
+        row = results[role]
+        log(f"{role}  {row['layers']:6}  {row['parameters']:10,}  {row['bytes'] / 1e6:9.1f}  "
+            f"{row['milliseconds_per_sentence']:15.2f}  {main_score(row)}")
 
 
-def main_metric(metrics):
-    """The name of the metric that the terminal shows: the first of those that GLUE knows."""
-    return next(name for name in metrics if name in {metric for _, names in GLUE.values() for metric in names})
+# ---- 10. Files and command line ----------------------------------------------------------------
 
 
-def model_card(settings, title, metrics):
-    """A short README for a saved model: what made it, and what it scored."""
-    used = "\n".join(f"| {name} | {value} |" for name, value in dataclasses.asdict(settings).items() if value not in (None, []))
-    numbers = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
-    return (f"# {title} for {settings.task or Path(settings.train_file).stem}\n\nMade by `rail_kd.py`, a reference implementation of "
-            f"RAIL-KD (arXiv 2109.10164).\n\nLast epoch: {numbers}\n\n| setting | value |\n|---|---|\n{used}\n")
+@contextlib.contextmanager
+def refuse(what, kind=ValueError):
+    """Turns whatever goes wrong inside into one line: what can't be done, and why."""
+    try:
+        yield
+    except Exception as error:
+        raise kind(f"{what} ({' '.join(str(error).split())[:300]})") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 11. The command line
-# ---------------------------------------------------------------------------------------------------------------------
+def processes():
+    """(rank, world): (0, 1) for one process."""
+    group = torch.distributed
+    return (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
 
-def parse(argv):
-    """Command line -> Settings. Raises ValueError in one sentence, where argparse would print a page of usage."""
-    def fail(message):
-        raise ValueError(f"{message}; python rail_kd.py --help lists all settings")
 
-    parser = transformers.HfArgumentParser(
-        Settings, prog="rail_kd.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = fail
-    # With None already in the namespace, argparse keeps its defaults to itself: what is not None then was really given.
-    names = [field.name for field in dataclasses.fields(Settings)]
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names))))
-    given = {name: value for name, value in given.items() if value is not None}
-    return resume_settings(given["resume"], given) if "resume" in given else Settings(**given)
+def of_first(value=None):
+    """The value of the first process, in all of them. It also waits until all are here."""
+    values = [value]
+    if processes()[1] > 1:
+        torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def log(text):
+    """Prints, in the first process."""
+    if processes()[0] == 0:
+        print(text, flush=True)
+
+
+def progress(iterable, text):
+    """A progress bar that disappears when it is done; none where stderr is not a terminal."""
+    return tqdm(iterable, text, leave=False, disable=processes()[0] > 0 or None)
+
+
+def save(path, write, everywhere=False):
+    """Calls write(part); the file or folder that it makes appears at `path` whole, or not at all.
+
+    The first process writes, or all of them do (`everywhere`). Raises OSError, and then what was
+    at `path` is unchanged.
+    """
+    part, first = path.with_name(f"{path.name}.part"), processes()[0] == 0
+    try:
+        if first or everywhere:
+            write(part)
+        of_first()
+        if first:
+            os.replace(part, path)
+    except Exception as error:
+        if not path.is_dir():                      # a folder that another run finished is as good
+            raise OSError(f"{path} could not be written ({error}); no change there") from error
+    of_first()
+
+
+def save_json(path, content):
+    """Writes a JSON file."""
+    text = json.dumps(content, indent=2, allow_nan=False)
+    save(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def save_model(folder, model, tokenizer):
+    """Writes a folder that `transformers.pipeline` loads: weights (safetensors) and tokenizer."""
+    save(folder, lambda part: [item.save_pretrained(part) for item in (model, tokenizer)])
+
+
+def load_state(file, parts, data):
+    """Puts the state in `file`, if it is there, into the parts; returns the history."""
+    if not file.exists():
+        return []
+    with refuse(f"{file} can't be read: delete it to train from the start"):
+        state = torch.load(file, map_location="cpu", weights_only=True)       # never runs code
+    if state["data"] != fingerprint(data):
+        raise ValueError(f"{file}: the training data are not those that this run began with")
+    for name, part in parts.items():
+        if state[name]:                            # the scaler's is empty, except in fp16
+            part.load_state_dict(state[name])
+    return state["history"]
+
+
+def save_state(file, parts, data, history):
+    """Writes what `load_state` reads."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"history": history, "data": fingerprint(data)}
+    save(file, lambda part: torch.save(state, part))
+
+
+def resumed(settings):
+    """The settings of the run in `settings.resume`. Raises ValueError for others beside it."""
+    given = {name: value for name, value in dataclasses.asdict(settings).items()
+             if value != getattr(Settings(), name)}
+    if given.keys() - {"resume", "device", "precision"}:
+        raise ValueError("--resume takes no other flags than --device and --precision")
+    with refuse(f"--resume {settings.resume}: no run can be resumed there"):
+        text = (Path(settings.resume) / "metrics.json").read_text(encoding="utf-8")
+        saved = json.loads(text)["settings"] | {"output_dir": settings.resume}
+        if "device" in given:
+            saved["precision"] = "auto"
+        return Settings(**saved | given)
 
 
 def main(argv=None):
-    """The command line. Returns the exit status: 0, 2 for what a user can mend (one line on stderr), 130 for Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal that has no arrow for 1←3 shows a question mark instead of failing
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    """The command line. Returns 0, 2 for what a user can mend (one line on stderr), or 130."""
+    sys.stdout.reconfigure(errors="replace")       # for a terminal that has no arrow for 1←3
+    parser = transformers.HfArgumentParser(Settings, description=__doc__, allow_abbrev=False)
+
+    def error(message):
+        raise ValueError(f"{message}; --help lists all settings")
+
+    parser.error = error
     try:
-        settings = parse(argv)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun: join the others, each with a GPU of its own
-            settings.device = "cuda" if resolve_device(settings.device, "fp32")[0] == "cuda" else "cpu"
-            if settings.device == "cuda":
-                if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
-                    raise ValueError(f"--nproc-per-node: this machine has only {torch.cuda.device_count()} GPUs")
+        settings, = parser.parse_args_into_dataclasses(argv)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:           # started by torchrun
+            on_gpu = settings.device in ("auto", "cuda") and torch.cuda.is_available()
+            settings.device = "cuda" if on_gpu else "cpu"
+            if on_gpu:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if settings.device == "cuda" else "gloo")
+            torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
         run(settings)
         return 0
     except KeyboardInterrupt as stop:
-        say(str(stop) or "stopped", sys.stderr)
+        print(f"stopped{stop}", file=sys.stderr)
         return 130
-    except torch.cuda.OutOfMemoryError:
-        print("rail_kd.py: the GPU's memory is full; start a new run with a lower --batch-size or --max-length", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as problem:
+        print(f"rail_kd.py: {' '.join(str(problem).split())}", file=sys.stderr)
         return 2
-    except (ValueError, OSError, FloatingPointError) as error:
-        if not isinstance(error, ValueError) or os.environ.get("RANK", "0") == "0":  # a wrong setting is wrong in every process
-            print(f"rail_kd.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
