@@ -22,7 +22,7 @@ by a trained linear layer, and scaled to length 1. RAIL is their mean squared di
     python rail_kd.py --task toy --student-layers 4        # two minutes on a laptop, offline
     python rail_kd.py --task sst2 --student-layers 4       # BERT-base, cut from 12 layers to 4
 
-TOY
+@@TOY@@
 
 Source: Haidar, Anchuri, Rezagholizadeh, Ghaddar, Langlais, Poupart, "RAIL-KD: RAndom Intermediate
 Layer Mapping for Knowledge Distillation", Findings of NAACL 2022, arXiv 2109.10164. This file is
@@ -42,12 +42,10 @@ two public re-implementations (aitsc/GLMKD and TKC002/CILDA-plus-minILD). Who de
     --centre, the remedy for the trivial answer of section 2, off by default  ours
 
 Letters: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for a
-regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, width u
-of the projections, temperature T.
-
-The method is 1 the draw, 2 the losses, 3 one step and the loop; a reader can stop there. Then:
-4 the teacher's outputs, 5 teacher and student, 6 data, 7 scores, 8 settings, 9 the whole job,
-10 files and command line.
+regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
+width of the projections, T the temperature. The method is in sections 1 to 3, the draw, the losses,
+one step and the loop, and a reader can stop there. The rest serves it: 4 the teacher's outputs,
+5 models, 6 data, 7 scores, 8 settings, 9 the whole job, 10 files and command line.
 """
 import contextlib
 import copy
@@ -120,8 +118,7 @@ def choose_layers(settings, num_teacher_layers, num_student_layers, epoch, step=
     """
     n, m = num_teacher_layers, num_student_layers
     if settings.mapping == "random":
-        # Seeded anew each time: a generator for the whole run would make the map depend on what
-        # was drawn before, and a resumed run would go on with other layers.
+        # Not one generator for the whole run: a resumed run would go on with other layers.
         key = [settings.seed, epoch] + ([step] if settings.resample == "step" else [])
         return sample_layer_map(n, m, np.random.default_rng(key))
     if settings.mapping == "skip":
@@ -287,18 +284,15 @@ def combined_loss(ce, kd, rail, weights):
 
 
 class Distiller(nn.Module):
-    """All that is trained: the student and the projections. Its forward pass is one step."""
+    """All that is trained: student and projections. Its forward pass is the method in one step."""
 
     def __init__(self, student, rail, settings):
         super().__init__()
         self.student, self.rail, self.settings = student, rail, settings
 
     def forward(self, batch, teacher_logits=None, teacher_pooled=None):
-        """The losses CE, KD and RAIL of a batch {input_ids (B, S), ..., labels (B,)}.
-
-        Without teacher_logits (B, C) there is no KD, without a RailLoss no RAIL: they are 0 then.
-        teacher_pooled is (B, k, d_t).
-        """
+        """CE, KD, RAIL of a batch {input_ids (B, S), ..., labels (B,)} and of what the teacher says
+        about it, logits (B, C) and pooled layers (B, k, d_t). 0 for a loss that is not wanted."""
         layers = range(1, self.student.config.num_hidden_layers) if self.rail is not None else ()
         logits, pooled = outputs_of(self.student, batch, self.settings.precision, layers)
         ce = label_loss(logits, batch["labels"])
@@ -314,16 +308,11 @@ def train(distiller, data, tokenizer, settings, state_file, score, report,
           teacher_outputs=lambda rows, layers: (), num_teacher_layers=None):
     """Trains a Distiller in place; returns the history, one dict per epoch.
 
-    Without `teacher_outputs` it learns from the labels alone: so a teacher is fine-tuned. All that
-    is random is seeded by (seed, epoch), and the state is saved after each epoch. A killed run,
-    started again, goes on from there and ends, on a CPU bit for bit, as it would have.
-
-    Args:
-        data, tokenizer, state_file: N encoded rows, what pads them, where the state is saved.
-        score, report: called after each epoch: score(layers) -> {metric: value}, report(history).
-        teacher_outputs: (rows, layers) -> logits (B, C), pooled layers (B, k, d_t); section 4.
-    Raises:
-        FloatingPointError: the loss is NaN or infinite. ValueError: a state of other data.
+    `teacher_outputs` is (rows, layers) -> logits (B, C), pooled layers (B, k, d_t), see section 4;
+    without it the labels alone teach. `score(layers)` and `report(history)` are called after each
+    epoch. All that is random is seeded by (seed, epoch), and the state is saved in `state_file`: a
+    killed run, started again, goes on from there and ends, on a CPU bit for bit, as it would have.
+    Raises FloatingPointError for a loss that is not finite, ValueError for a state of other data.
     """
     (rank, world), m = processes(), distiller.student.config.num_hidden_layers
     steps, lengths = math.ceil(len(data) / settings.batch_size), lengths_of(data)
@@ -350,13 +339,14 @@ def train(distiller, data, tokenizer, settings, state_file, score, report,
             batch = make_batch(data, tokenizer, own, losses.device)
             ce, kd, rail = model(batch, *teacher_outputs(own, layers))
             loss = combined_loss(ce, kd, rail, settings.weights)
-            scaler.scale(loss * factor * world).backward()    # gradients are averaged over processes
+            scaler.scale(loss * factor * world).backward()     # DDP takes the mean of gradients
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
             optimizer.zero_grad()
             losses += torch.stack([ce, kd, rail, loss]).detach() * factor * len(rows) / len(data)
-        history.append(epoch_record(settings, epoch, layers, losses, len(data), start) | score(layers))
+        record = epoch_record(settings, epoch, layers, losses, len(data), start)
+        history.append(record | score(layers))
         save_state(state_file, parts, data, history)
         report(history)
     return history
@@ -706,11 +696,11 @@ def with_labels(data, path, feature=None):
         feature = datasets.Value("float32")
         if all(re.fullmatch(r"[+-]?\d+", x) for x in numbers):
             feature = datasets.ClassLabel(names=sorted(labels, key=int if numbers else None))
-    known = getattr(feature, "names", sorted(numbers))
-    if isinstance(feature, datasets.ClassLabel) and not known[0].lstrip("+-").isdigit():
-        known = known + [str(number) for number in range(len(known))]
-    if labels - set(known):
-        raise ValueError(f"{path}: unlike the training data, it has labels such as {min(labels - set(known))!r}")
+    known = set(getattr(feature, "names", numbers))
+    if isinstance(feature, datasets.ClassLabel) and not known & numbers:
+        known |= {str(number) for number in range(len(known))}
+    if labels - known:
+        raise ValueError(f"{path}: the training data have no label {min(labels - known)!r}")
     return data.cast_column("label", feature)
 
 
@@ -838,8 +828,8 @@ def evaluate(model, data, tokenizer, task=None, precision="fp32", teacher_logits
 def score(model, sets, tokenizer, settings, teacher_logits={}):
     """The metrics of all sets but "train". Those of MNLI's second set end in _mismatched, and
     those of further files stand under "evaluation"."""
-    found = {name: evaluate(model, data, tokenizer, settings.task, settings.precision,
-                            teacher_logits.get(name)) for name, data in sets.items() if name != "train"}
+    found = {name: evaluate(model, sets[name], tokenizer, settings.task, settings.precision,
+                            teacher_logits.get(name)) for name in sets if name != "train"}
     other = {f"{key}_mismatched": x for key, x in found.pop("validation_mismatched", {}).items()}
     return found.pop("validation") | other | {"evaluation": found}
 
@@ -872,7 +862,7 @@ def warn_of_weak_teacher(logits, labels):
     labels = np.array(labels)
     error, floor = np.mean((logits[:, 0] - labels) ** 2), labels.var()
     if logits.shape[1] > 1:
-        error, floor = np.mean(logits.argmax(1) != labels), 1 - np.bincount(labels).max() / len(labels)
+        error, floor = np.mean(logits.argmax(1) != labels), 1 - max(np.bincount(labels)) / len(labels)
     if error >= floor:
         log(f"\n!!! The teacher's error is {error:.3g}; without reading the text it is {floor:.3g}."
             "\n!!! It is weak or broken, or its labels mean something else.\n")
@@ -893,12 +883,12 @@ class Settings:
     """Everything that a run depends on. HfArgumentParser makes a flag of each field."""
 
     task: Literal[("toy", *GLUE)] | None = option(None, "The toy (default), or a task of GLUE.")
-    train_file: str | None = option(None, "Own CSV or JSON lines: sentence, maybe sentence2, label.")
+    train_file: str | None = option(None, "CSV or JSON lines: sentence, maybe sentence2, label.")
     validation_file: str | None = option(None, "Own validation data with the same columns.")
     eval_file: list[str] = option([], "Further files to score, such as text of another domain.")
     max_train_examples: int | None = option(None, "Draw this many training examples (toy: make).")
     max_length: int = option(128, "Cut longer inputs to this many tokens.")
-    teacher: str | None = option(None, "Folder or hub name (default: BERT-base; the toy makes one).")
+    teacher: str | None = option(None, "Folder or hub name (default: BERT-base, or the toy's).")
     teacher_epochs: int | None = option(None, "For one without a classifier (default: 3, toy 5).")
     student_layers: int | None = option(None, "Cut from the teacher (default: a third of its).")
     student: str | None = option(None, "Instead: folder or hub name of a student of any kind.")
@@ -910,7 +900,7 @@ class Settings:
     projection_size: int = option(128, "Width u of the projections.")
     projection_learning_rate: float | None = option(None, "Of the projections (default: the same).")
     temperature: float = option(2.0, "Softens both output distributions in KD.")
-    weights: list[float] = option([1 / 3] * 3, "Of CE, KD and RAIL (none: rescaled); they sum to 1.")
+    weights: list[float] = option([1 / 3] * 3, "Of CE, KD, RAIL (none: rescaled); together 1.")
     epochs: int | None = option(None, "Epochs of distillation (default: 10, toy 8).")
     batch_size: int = option(32, "Examples in a step, over all processes together.")
     learning_rate: float | None = option(None, "Peak rate of AdamW (default: 5e-5, toy 5e-4).")
@@ -946,26 +936,26 @@ class Settings:
         name = f"{new.task or Path(new.train_file or '').stem}-{new.mapping}-seed{new.seed}"
         new.output_dir = new.output_dir or f"runs/{name}-{time.time():.0f}-{os.getpid()}"
         out = Path(new.output_dir)
+        pair, limit = (new.mapping, new.variant), new.max_train_examples or 0
+        in_use = out.exists() and (out.is_file() or any(out.iterdir()))
         conflicts = {
             "--task and own files exclude each other": new.task and files != [None, None],
             "--train-file and --validation-file belong together": files.count(None) == 1,
             "--student and --student-layers exclude each other": new.student and new.student_layers,
-            "--mapping attention needs --variant layerwise":
-                (new.mapping, new.variant) == ("attention", "concat"),
+            "--mapping attention needs --variant layerwise": pair == ("attention", "concat"),
             "--mapping none leaves nothing to learn from": new.mapping == "none" and share == 0,
-            "--max-train-examples: the toy makes at most 100000":
-                new.task == "toy" and (new.max_train_examples or 0) > 100_000,
-            f"--output-dir {out} is in use: name a new folder":
-                not new.resume and out.exists() and (out.is_file() or any(out.iterdir()))}
-        for text, found in conflicts.items():
-            if found:
+            "--max-train-examples: the toy makes 100000": new.task == "toy" and limit > 100_000,
+            f"--output-dir {out} is in use: name a new folder": in_use and not new.resume}
+        for text in conflicts:
+            if conflicts[text]:
                 raise ValueError(text)
         return new
 
 
 def resolve_device(device, precision):
     """("auto", "auto") -> for example ("cuda", "bf16"). Raises ValueError for what is not there."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    mps = torch.backends.mps.is_available()
+    found = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if device == "auto":
         device = next(name for name in found if found[name])
     offered = {"cuda": ["bf16", "fp16", "fp32"], "mps": ["fp32"], "cpu": ["fp32", "bf16"]}[device]
@@ -990,9 +980,9 @@ def run(settings):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    settings, first = (resumed(settings) if settings.resume else settings).resolve(), processes()[0] == 0
+    settings = (resumed(settings) if settings.resume else settings).resolve()
     settings.output_dir = of_first(settings.output_dir)
-    out = Path(settings.output_dir)
+    out, first = Path(settings.output_dir), processes()[0] == 0
     if (out / "student").is_dir():
         log(f"{out} is finished already.")
         return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
@@ -1000,16 +990,17 @@ def run(settings):
     # 1. Data and models. What is wrong with them shows here, before anything is slow or written.
     sets = load_task(settings)
     feature = sets["train"].features["label"]
-    places = [out / "teacher", Path(settings.teacher or out), out]
-    torch.manual_seed(settings.seed)                           # for new classifiers
-    if places[0].is_dir() or settings.teacher:
-        source = places[0] if places[0].is_dir() else settings.teacher
-        teacher, tokenizer, trained = load_classifier(str(source), feature, "teacher")
-    else:
+    made_here, given = out / "teacher", Path(settings.teacher or out)
+    source = str(made_here) if made_here.is_dir() else settings.teacher
+    if source is None:
         (teacher, tokenizer), trained = toy_teacher(settings.seed), False
         use_labels(teacher, feature)
+    else:
+        torch.manual_seed(settings.seed)                       # for a new classifier
+        teacher, tokenizer, trained = load_classifier(source, feature, "teacher")
     n = teacher.config.num_hidden_layers
     if settings.student:
+        torch.manual_seed(settings.seed)
         student, words, _ = load_classifier(settings.student, feature, "student")
     else:
         settings.student_layers = settings.student_layers or min(n, max(n // 3, 2))
@@ -1019,6 +1010,7 @@ def run(settings):
         if not 2 <= m <= n:
             raise ValueError(f"{m} student layers have no map to {n} teacher layers: take 2 to {n}")
         variant = "attention" if settings.mapping == "attention" else settings.variant
+        torch.manual_seed(settings.seed)
         rail = RailLoss(teacher.config.hidden_size, student.config.hidden_size, m - 1, variant,
                         settings.projection_size, settings.centre)
     teacher_sets = prepare(teacher, tokenizer, sets, settings, "teacher")
@@ -1028,7 +1020,7 @@ def run(settings):
     results = {
         "settings": dataclasses.asdict(settings) | {"resume": None},
         "versions": {lib.__name__: lib.__version__ for lib in (torch, transformers, datasets, np)},
-        "device": f"{settings.device}, {torch.get_num_threads()} threads, {processes()[1]} processes",
+        "device": f"{settings.device}, {torch.get_num_threads()} threads x {processes()[1]}",
         "teacher": {}, "student": {}, "epochs": []}
     if first and not settings.resume:
         with refuse(f"--output-dir {out} is in use, or can't be written to"):
@@ -1036,9 +1028,14 @@ def run(settings):
             open(out / "metrics.json", "x").close()
     save_json(out / "metrics.json", results)
     kind = f"classes {', '.join(feature.names)}" if hasattr(feature, "names") else "a regression"
-    log(f"data     {len(sets['train']):,} training examples, {kind}\nresults  {out}")
-    for role, model in (("teacher", teacher), ("student", student)):
-        log(f"{role}  {model.config.num_hidden_layers} layers, {model.num_parameters():,} parameters")
+    for name, text in {
+            "data": f"{len(sets['train']):,} training examples, {kind}",
+            "teacher": f"{n} layers, {teacher.num_parameters():,} parameters",
+            "student": f"{m} layers, {student.num_parameters():,} parameters",
+            "training": f"{settings.epochs} epochs, {settings.mapping}, {settings.precision} on "
+                        f"{settings.device}; CE, KD, RAIL x {settings.weights}",
+            "results": str(out)}.items():
+        log(f"{name:9} {text}")
 
     # 3. The teacher. One without a trained classifier is fine-tuned first, by the same loop.
     if not trained:
@@ -1066,27 +1063,29 @@ def run(settings):
     # 4. The loop that brings teacher, student and projections together.
     outputs = {}
     if settings.mapping != "finetune":
-        place = next(x for x in places if x.is_dir() and os.access(x, os.W_OK))
-        outputs = {"num_teacher_layers": n, "teacher_outputs": teacher_table(
-            teacher, teacher_sets["train"], tokenizer, settings, place)}
+        place = next(x for x in (made_here, given, out) if x.is_dir() and os.access(x, os.W_OK))
+        table = teacher_table(teacher, teacher_sets["train"], tokenizer, settings, place)
+        outputs = {"teacher_outputs": table, "num_teacher_layers": n}
 
     def student_scores(layers=None):
         found = score(student, student_sets, words, settings, teacher_logits)
         if rail is not None and layers is not None:
-            some = range(min(256, len(teacher_sets["train"])))
-            found["projected_cosine"] = projected_cosine(rail, outputs["teacher_outputs"](some, layers)[1])
+            _, pooled = table(range(min(256, len(sets["train"]))), layers)
+            found["projected_cosine"] = projected_cosine(rail, pooled)
         return found
 
     def report(history):
         log_epoch(history)
         save_json(out / "metrics.json", results | {"epochs": history})
 
-    results["epochs"] = train(
-        Distiller(student, rail, settings).to(settings.device), student_sets["train"], words, settings,
-        out / "student.pt", student_scores, report, **outputs)
-    results["student"] = student_scores() | costs(student, student_sets["train"], words, settings.precision)
-    results["evaluation"] = {path: {role: results[role]["evaluation"][path] for role in (
-        "teacher", "student")} for path in settings.eval_file}
+    distiller = Distiller(student, rail, settings).to(settings.device)
+    results["epochs"] = train(distiller, student_sets["train"], words, settings,
+                              out / "student.pt", student_scores, report, **outputs)
+    results["student"] |= student_scores()
+    results["student"] |= costs(student, student_sets["train"], words, settings.precision)
+    results["evaluation"] = {
+        path: {role: results[role]["evaluation"][path] for role in ("teacher", "student")}
+        for path in settings.eval_file}
     save_json(out / "metrics.json", results)
     save_model(out / "student", student, words)                # last: the mark of a finished run
     log_results(results)
@@ -1223,28 +1222,29 @@ def resumed(settings):
 
 def main(argv=None):
     """The command line. Returns 0, 2 for what a user can mend (one line on stderr), or 130."""
-    sys.stdout.reconfigure(errors="replace")       # for a terminal that has no arrow for 1←3
-    parser = transformers.HfArgumentParser(Settings, description=__doc__, allow_abbrev=False)
-
-    def error(message):
+    def fail(message):
         raise ValueError(f"{message}; --help lists all settings")
 
-    parser.error = error
+    sys.stdout.reconfigure(errors="replace")       # for terminals without an arrow for 1←3
+    parser = transformers.HfArgumentParser(
+        Settings, description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = fail
     try:
         settings, = parser.parse_args_into_dataclasses(argv)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:           # started by torchrun
-            on_gpu = settings.device in ("auto", "cuda") and torch.cuda.is_available()
-            settings.device = "cuda" if on_gpu else "cpu"
-            if on_gpu:
+            device, _ = resolve_device(settings.device, "auto")
+            if device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+            torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        settings = settings if settings.resume else settings.resolve()
         run(settings)
         return 0
-    except KeyboardInterrupt as stop:
-        print(f"stopped{stop}", file=sys.stderr)
+    except KeyboardInterrupt:
+        folder = shlex.quote(settings.resume or settings.output_dir)
+        print(f"stopped; go on with: python rail_kd.py --resume {folder}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as problem:
-        print(f"rail_kd.py: {' '.join(str(problem).split())}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"rail_kd.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 

@@ -677,12 +677,12 @@ def world(tmp_path_factory):
 
 
 def job(world, out, **more):
-    """Settings of a small run: 6 -> 3 layers, one epoch of three steps."""
+    """Settings of a small run: 6 -> 3 layers, one epoch of five steps."""
     if "student" not in more:
         more["student_layers"] = more.get("student_layers", 3)
     return Settings(**dict(
         train_file=f"{world}/train.csv", validation_file=f"{world}/validation.csv", epochs=1,
-        teacher=f"{world}/teacher", batch_size=16, output_dir=str(out), device="cpu",
+        teacher=f"{world}/teacher", batch_size=8, output_dir=str(out), device="cpu",
         learning_rate=1e-3) | more)
 
 
@@ -873,7 +873,7 @@ def test_evaluate_scores_the_whole_set_at_once_in_order_and_without_dropout():
 def test_every_setting_has_an_effect(world, tmp_path):
     ways = [{}, dict(variant="concat"), dict(resample="step"), dict(centre=True), dict(seed=1),
             dict(projection_size=8), dict(projection_learning_rate=0.1), dict(temperature=5.0),
-            dict(weights=[0.2, 0.2, 0.6]), dict(batch_size=8), dict(learning_rate=1e-2),
+            dict(weights=[0.2, 0.2, 0.6]), dict(batch_size=20), dict(learning_rate=1e-2),
             dict(max_length=6), dict(max_train_examples=30), dict(precision="bf16"),
             dict(student_layers=2), dict(student=f"{world}/stranger"),
             *(dict(mapping=x) for x in ("skip", "last", "attention", "none", "finetune"))]
