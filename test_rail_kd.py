@@ -69,15 +69,13 @@ def softmax(x):
 
 
 def unsolved():
-    """The exercises that are still blank in the course version of the module."""
-    hidden, mask = torch.zeros(1, 1, 1), torch.ones(1, 1)
-    calls = {"sample_layer_map": lambda: sample_layer_map(2, 2, np.random.default_rng(0)),
-             "mean_pool": lambda: mean_pool(hidden, mask),
-             "RailLoss": lambda: RailLoss(1, 1, 1)(hidden, hidden),
-             "kd_loss": lambda: kd_loss(mask, mask, 1.0),
-             "combined_loss": lambda: combined_loss(0.0, 0.0, 0.0, (1.0, 0.0, 0.0))}
-    blank = []
-    for name, call in calls.items():
+    """The exercises that are still blank, as in the course version of the module."""
+    one, rng, blank = torch.zeros(1, 1), np.random.default_rng(0), []
+    for name, call in {"sample_layer_map": lambda: sample_layer_map(2, 2, rng),
+                       "mean_pool": lambda: mean_pool(one[None], one),
+                       "RailLoss": lambda: RailLoss(1, 1, 1)(one[None], one[None]),
+                       "kd_loss": lambda: kd_loss(one, one, 1.0),
+                       "combined_loss": lambda: combined_loss(0.0, 0.0, 0.0, (1, 0, 0))}.items():
         try:
             call()
         except NotImplementedError:
@@ -124,11 +122,6 @@ def test_sample_layer_map_has_the_evenly_spaced_map_as_its_mean(n, m):
     deviation = np.sqrt(i * (k + 1 - i) * n * (n - 1 - k) / ((k + 1) ** 2 * (k + 2)))
     error = np.abs(found.mean(axis=0) - i * n / m) / (deviation / math.sqrt(20_000))
     check(error.max() < 5, f"the i-th layer is i*n/m on average; off by {error.max():.0f} sigma")
-
-
-def test_sample_layer_map_leaves_a_layer_out_with_probability_1_minus_k_over_n_minus_1():
-    share, sigma = np.mean([5 not in drawn for drawn in draws(12, 4, 20_000)]), 0.00315
-    check(abs(share - 8 / 11) < 5 * sigma, f"layer 5 is left out of {share:.1%}, not 72.7 %")
 
 
 def test_sample_layer_map_uses_the_given_generator_alone():
@@ -584,53 +577,6 @@ def test_loop_does_what_the_definitions_say_sentence_by_sentence(way, tmp_path):
             assert record["layers"] == layers.tolist()
 
 
-def same(a, b, tolerance=0.0):
-    return all(torch.allclose(x, b[key], rtol=0, atol=tolerance) for key, x in a.items())
-
-
-@needs_all
-def test_interrupted_loop_goes_on_and_ends_bit_for_bit_the_same(tmp_path, monkeypatch):
-    for name in ("whole", "cut"):
-        (tmp_path / name).mkdir()
-    whole, _, history, _, _ = loop(tmp_path / "whole", {})
-    real, calls = rail_kd.make_batch, itertools.count()
-
-    def stops(*args):
-        if next(calls) == 9:               # the table's pass is one batch, so: in the third epoch
-            raise KeyboardInterrupt
-        return real(*args)
-    monkeypatch.setattr(rail_kd, "make_batch", stops)
-    with pytest.raises(KeyboardInterrupt):
-        loop(tmp_path / "cut", {})
-    monkeypatch.undo()
-    cut, _, again, _, asked = loop(tmp_path / "cut", {})
-    assert len(asked) == 6, "the first two epochs are not done again"
-    assert same(whole.state_dict(), cut.state_dict())
-    assert [{k: v for k, v in x.items() if "second" not in k} for x in history] == \
-           [{k: v for k, v in x.items() if "second" not in k} for x in again]
-
-
-def in_process(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
-                                         world_size=2)
-    student, _, history, _, _ = loop(folder, {})
-    torch.save((student.state_dict(), [x["total"] for x in history]), folder / f"{rank}.out")
-    torch.distributed.destroy_process_group()
-
-
-@needs_all
-@pytest.mark.skipif(sys.platform != "linux", reason="needs fork")
-def test_two_processes_train_like_one(tmp_path):
-    (tmp_path / "one").mkdir()
-    one, _, history, _, _ = loop(tmp_path / "one", {})
-    torch.multiprocessing.start_processes(in_process, (tmp_path,), 2, start_method="fork")
-    for rank in range(2):
-        state, totals = torch.load(tmp_path / f"{rank}.out", weights_only=True)
-        close(totals, [x["total"] for x in history], "the mean over the whole batch", 1e-5)
-        keep = {key: x for key, x in state.items() if "key.bias" not in key}
-        assert same(keep, one.state_dict(), 2e-4)
-
-
 # ---- 4. to 6. The table, models and data -------------------------------------------------------
 
 
@@ -654,8 +600,9 @@ def world(tmp_path_factory):
     words = sorted(tokenizer.get_vocab(), key=lambda word: (not word.startswith("["), word))[::-1]
     other = transformers.BertTokenizer({word: i for i, word in enumerate(words)})
     student = transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(
-        vocab_size=len(words), dim=24, n_layers=3, n_heads=2, hidden_dim=32,
-        max_position_embeddings=16, pad_token_id=other.pad_token_id))
+        vocab_size=len(words), dim=24, n_layers=3, n_heads=2, hidden_dim=32, dropout=0.0,
+        attention_dropout=0.0, seq_classif_dropout=0.0, max_position_embeddings=16,
+        pad_token_id=other.pad_token_id))
     for name, parts in {"teacher": (teacher, tokenizer), "stranger": (student, other),
                         "encoder": (student.distilbert, other)}.items():
         for part in parts:
@@ -758,7 +705,9 @@ GLUE = {"cola": "sentence", "sst2": "sentence", "mrpc": "sentence1 sentence2",
 @pytest.mark.parametrize("task", GLUE)
 def test_glue_task_has_its_texts_labels_and_validation_sets_and_no_test_set(task, monkeypatch):
     columns = GLUE[task].split()
-    label = datasets.Value("float32") if task == "stsb" else datasets.ClassLabel(2 + (task == "mnli"))
+    label = datasets.ClassLabel(2 + (task == "mnli"))
+    if task == "stsb":
+        label = datasets.Value("float32")
     features = datasets.Features({column: datasets.Value("string") for column in columns}
                                  | {"label": label, "idx": datasets.Value("int32")})
 
@@ -819,8 +768,9 @@ def test_toy_is_balanced_without_repeats_and_the_main_clause_decides():
     assert len(set(texts)) == 1000 and 0.4 < np.mean(parts[2]["label"]) < 0.6
     for row in parts[0]:
         text = row["sentence1"].lower().rstrip(".")
-        clauses = text.split(", ") if text.startswith("although") else text.split(", although ")[::-1]
-        clause = re.split(", (?:but|yet) ", clauses[-1])[-1].split()
+        if text.startswith("although"):
+            text = text.split(", ")[1]
+        clause = re.split(", (?:but|yet) ", text.split(", although ")[0])[-1].split()
         positive = clause[-1] in "clever moving fresh funny warm sharp gripping charming".split()
         assert row["label"] == (positive != any(x in clause for x in ("not", "never", "hardly")))
     clean = rail_kd.toy_sentences(0, [1000, 200])[1]
@@ -924,11 +874,20 @@ def whole_job(rank, settings, folder):
 
 @needs_all
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork")
-def test_two_processes_do_a_whole_job_and_write_one_set_of_files(world, tmp_path):
-    settings = job(world, tmp_path / "out", teacher=str(world / "encoder"), teacher_epochs=1,
-                   student_layers=2, batch_size=13)
-    torch.multiprocessing.start_processes(whole_job, (settings, tmp_path), 2, start_method="fork")
-    assert {x.name for x in (tmp_path / "out").iterdir()} == {"metrics.json", "student", "teacher"}
+def test_two_processes_do_a_whole_job_like_one(world, tmp_path):
+    """Without dropout. The last batches have one row: less than the two can share."""
+    def settings(name):
+        return job(world, tmp_path / name, teacher=str(world / "encoder"), teacher_epochs=2,
+                   student_layers=2, batch_size=13, epochs=2)
+    one = run(settings("one"))
+    torch.multiprocessing.start_processes(whole_job, (settings("two"), tmp_path), 2,
+                                          start_method="fork")
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text(encoding="utf-8"))
+    epochs = [x["teacher"]["epochs"] + x["epochs"] for x in (one, two)]
+    for a, b in zip(*epochs):
+        for key in ("ce", "kd", "rail", "total", "eval_loss"):
+            close(a[key], b[key], f"{key}: a mean over the batch, however it is shared", 1e-4)
+    assert {x.name for x in (tmp_path / "two").iterdir()} == {"metrics.json", "student", "teacher"}
 
 
 # ---- 10. The command line, and what can go wrong -----------------------------------------------
@@ -943,35 +902,32 @@ def complaint(words, capsys):
 
 
 @needs_all
-def test_interrupted_job_is_resumed_with_the_same_data_only(world, tmp_path, capsys, monkeypatch):
+def test_interrupted_job_ends_bit_for_bit_the_same_and_only_with_the_same_data(world, tmp_path,
+                                                                              capsys, monkeypatch):
     shutil.copy(world / "train.csv", tmp_path)
-    settings = job(world, tmp_path / "out", epochs=3, train_file=f"{tmp_path}/train.csv",
-                   teacher=f"{world}/encoder", teacher_epochs=1, student_layers=2)
-    whole = run(job(world, tmp_path / "whole", **vars(settings) | {
-        "output_dir": str(tmp_path / "whole"), "student_layers": 2}))
+    words = [f"--train-file={tmp_path}/train.csv", f"--validation-file={world}/validation.csv",
+             f"--teacher={world}/teacher", "--student-layers=3", "--epochs=3", "--device=cpu"]
+    assert main([*words, f"--output-dir={tmp_path}/whole"]) == 0
     real, calls = rail_kd.kd_loss, itertools.count()
 
     def stops(*args):
-        if next(calls) == 7:                                   # in the second epoch
+        if next(calls) == 3:                                   # in the second step of epoch 2
             raise KeyboardInterrupt
         return real(*args)
     monkeypatch.setattr(rail_kd, "kd_loss", stops)
-    monkeypatch.setattr(sys, "argv", ["rail_kd.py"])
-    given = {name: value for name, value in vars(settings).items()
-             if value != vars(Settings())[name]}
-    words = [str(x) for name, value in given.items() for x in (f"--{name}", value)]
-    assert main(words) == 130 and f"--resume {tmp_path}/out" in capsys.readouterr().err
+    assert main([*words, f"--output-dir={tmp_path}/cut"]) == 130
+    assert f"--resume {tmp_path}/cut" in capsys.readouterr().err
     monkeypatch.undo()
-    assert "--resume" in complaint(["--resume", tmp_path / "out", "--epochs", 5], capsys)
+    assert "--resume" in complaint(["--resume", tmp_path / "cut", "--epochs", 5], capsys)
     text = (tmp_path / "train.csv").read_text(encoding="utf-8")
     write_csv(tmp_path / "train.csv", [("another text", "good"), ("than before", "bad")])
-    assert "data" in complaint(["--resume", tmp_path / "out"], capsys)
+    assert "data" in complaint(["--resume", tmp_path / "cut"], capsys)
     (tmp_path / "train.csv").write_text(text, encoding="utf-8")
-    assert main(["--resume", str(tmp_path / "out"), "--device", "cpu"]) == 0
-    again = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
-    assert [x["total"] for x in again["epochs"]] == [x["total"] for x in whole["epochs"]]
-    assert again["student"]["eval_loss"] == whole["student"]["eval_loss"]
-    assert len(again["teacher"]["epochs"]) == 1
+    assert main(["--resume", str(tmp_path / "cut"), "--device", "cpu"]) == 0
+    files = [tmp_path / x / "student" / "model.safetensors" for x in ("whole", "cut")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    whole, cut = (json.loads((tmp_path / x / "metrics.json").read_text()) for x in ("whole", "cut"))
+    assert [x["total"] for x in whole["epochs"]] == [x["total"] for x in cut["epochs"]]
 
 
 @needs_all
@@ -981,7 +937,8 @@ def test_interrupted_job_is_resumed_with_the_same_data_only(world, tmp_path, cap
     ("--temperature inf", "--temp"), ("--max-length 0", "--max-length"), ("--seed -1", "--seed"),
     ("--student-layers 13", "13"), ("--student-layers 1", "2 to 12"), ("--weights 1 0", "three"),
     ("--weights 0 0 1 --mapping none", "nothing"), ("--student x --student-layers 3", "exclude"),
-    ("--variant concat --mapping attention", "layerwise"), ("--precision fp16 --device cpu", "fp16"),
+    ("--variant concat --mapping attention", "layerwise"),
+    ("--precision fp16 --device cpu", "fp16"),
     ("--task sst2 --train-file a --validation-file b", "exclude"), ("--train-file a", "together"),
     ("--train-file a.csv --validation-file a.csv", "a.csv"), ("--eval-file x.csv", "x.csv"),
     ("--teacher no/model", "no/model"), ("--resume nowhere", "nowhere"), ("--task sst2", "sst2"),
@@ -1036,18 +993,19 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(world, tmp_p
                                    world / "teacher", "--output-dir", tmp_path / "out"], capsys)
     tokenizer = transformers.AutoTokenizer.from_pretrained(world / "teacher")
     for name, hint in (("Deberta", "--precision fp32"), ("FNet", "attention mask")):
-        family(name, num_labels=2, vocab_size=70, tpu_short_seq_length=16).save_pretrained(tmp_path / name)
+        model = family(name, num_labels=2, vocab_size=70, tpu_short_seq_length=16)
+        model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         assert hint in line(teacher=tmp_path / name, precision="bf16")
     assert not (tmp_path / "out").exists()
 
 
 @needs_all
-def test_folder_in_use_is_refused_and_left_alone_also_when_two_runs_start_at_once(world, tmp_path,
-                                                                                  capsys, monkeypatch):
+def test_folder_is_refused_where_another_run_is_in_it_or_starts_at_once(world, tmp_path,
+                                                                       monkeypatch):
     settings = job(world, tmp_path / "out")
     (tmp_path / "out").mkdir()
-    real = rail_kd.check_in = rail_kd.prepare
+    real = rail_kd.prepare
 
     def meanwhile(*args):                          # the other run is a little faster
         (tmp_path / "out" / "metrics.json").write_text("precious")
@@ -1084,4 +1042,5 @@ def test_course_version_is_blank_in_five_functions_and_works_elsewhere(tmp_path,
     assert len(unsolved()) == 5
     model, tokenizer = course.toy_teacher(0, num_layers=2)
     data = course.toy_sentences(0, [8])[0]
-    assert 0 <= course.evaluate(model, course.encode(data, tokenizer, model, 32), tokenizer)["accuracy"]
+    data = course.encode(data, tokenizer, model, 32)
+    assert 0 <= course.evaluate(model, data, tokenizer)["accuracy"] <= 1
