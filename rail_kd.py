@@ -6,7 +6,7 @@ A small Transformer, the *student*, learns to imitate a large and frozen one, th
 
 CE compares the student's output with the labels, KD with the teacher's output, and RAIL compares
 intermediate layers. Which teacher layer teaches which student layer? RAIL-KD draws the teacher
-layers at random in each epoch, and sorts them, so that deeper layers learn from deeper layers:
+layers at random, afresh in each epoch, and sorts them, so that deeper learns from deeper:
 
     teacher layer    1    2    3    4    5    6    7    8    9   10   11   12
                           |                        |         |              :
@@ -26,9 +26,9 @@ The toy ends with these lines (1←3: student layer 1 learned from teacher layer
 
       epoch  8  1←3 2←8 3←11  ce 0.7610  kd 0.1946  rail 0.0600  accuracy 0.9970  889 examples/s
 
-             layers  parameters  megabytes  ms per sentence  score
-    teacher      12     413,122        1.7             7.01  accuracy 1.0000
-    student       4     145,346        0.6             5.05  accuracy 0.9970
+             layers  parameters  megabytes  ms per sentence  accuracy
+    teacher      12     413,122        1.7             7.01  1.0000
+    student       4     145,346        0.6             2.53  0.9970
 
 Source: Haidar, Anchuri, Rezagholizadeh, Ghaddar, Langlais, Poupart, "RAIL-KD: RAndom Intermediate
 Layer Mapping for Knowledge Distillation", Findings of NAACL 2022, arXiv 2109.10164. This file is
@@ -36,16 +36,16 @@ unofficial, and was written without the paper's full text: from its abstract, it
 two public re-implementations (aitsc/GLMKD and TKC002/CILDA-plus-minILD). Who decided what:
 
     draw once per epoch, sorted; weighted sum of the losses, equation (4)     the paper
-    weights 1/3 each; u = 128; mean over tokens, projection, unit length      both of the latter
+    weights 1/3 each; u = 128; mean over tokens, projection, unit length      both implementations
     candidates 1..n-1, k = m-1 pairs: the last layers stay out of the draw    one of them (GLMKD)
     one projection per side, shared by all pairs; squared distance            one of them (GLMKD)
     mean over the k pairs, so that RAIL lies in [0, 4]                        ours
-    padding is left out of the mean over tokens                               ours (not theirs)
+    padding is left out of the mean over tokens                               ours; neither does this
     projections with a bias, at the learning rate of the student              ours
     temperature 2 (the factor T^2 is standard)                                ours (theirs: 10, 1)
     10 epochs, learning rate 5e-5, a tenth of the steps is warm-up            ours (one: 20, 2e-5)
     the student starts from evenly spaced layers of its teacher               ours
-    --centre, the remedy for the trivial answer of section 2, off by default  ours
+    --centre rules out the trivial solution of section 2; off by default      ours
 
 Letters: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for a
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
@@ -81,11 +81,12 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 # ---- 1. The draw -------------------------------------------------------------------------------
 # Two facts, which the tests and the notebook check:
 #
-#   The mean is evenly spaced. The i-th smallest of k uniform draws from 1..n-1 has the mean
+#   The mean is evenly spaced. The i-th smallest of k uniform draws from 1..n-1 has mean
 #   i*n/(k+1) = i*n/m: for 12 -> 4 the layers 3, 6, 9, the map that PKD calls "skip". Only the
-#   means agree: student layer 1's most likely partner is 1, and 3, 6, 9 comes once in 165 draws.
+#   means agree: student layer 1's most likely partner is 1, and 3, 6, 9 is one of 165 equally
+#   likely draws.
 #
-#   All layers teach, though a step pays for k pairs only. A layer is left out of one epoch with
+#   All layers teach, though each step costs only k pairs. A layer is left out of one epoch with
 #   probability 1 - k/(n-1), of E epochs with that to the power E: for 12 -> 4, 72.7 % after one
 #   epoch, 20.3 % after 5, 4.1 % after 10.
 
@@ -142,19 +143,19 @@ def choose_layers(settings, num_teacher_layers, num_student_layers, epoch, step=
 #
 # Between unit vectors || s - t ||^2 = 2 - 2 cos(s, t): 0 for one direction, 4 for opposite ones.
 #
-# The trivial answer. Both projections are trained, so the loss also falls when both send every
-# sentence in one direction. It is near 0 then, and teaches nothing. A low loss does not show this;
+# The trivial solution. Both projections are trained, so the loss also falls when both send every
+# sentence in one direction. It is then near 0 but teaches nothing. A low loss does not show this;
 # the mean cosine of *different* sentences after the teacher's projection does. If that is c, one
 # vector for all sentences already brings the loss down to about 2 - 2 sqrt(c).
-# Centring takes this answer away: each side loses its mean over the batch before it gets unit
-# length. What all sentences share is gone, and one vector for all of them leaves the loss at 2.
+# Centring rules this out: the batch mean is subtracted from each side before it gets unit length.
+# What all sentences share is gone, and one vector for all of them no longer lowers the loss.
 
 
 def mean_pool(hidden_states, attention_mask):
     """One vector per sentence: the mean of a layer's output over the real tokens.
 
-    Padding stays out, whatever it holds, even NaN. Otherwise the loss of a sentence would depend
-    on how long its neighbours in the batch are.
+    Padding is ignored, whatever its values, even NaN. Otherwise the loss of a sentence would
+    depend on how long its neighbours in the batch are.
 
     Args:
         hidden_states: (B, S, d), any float type.
@@ -184,7 +185,7 @@ class RailLoss(nn.Module):
 
     Args:
         teacher_dim, student_dim, num_pairs, projection_size: d_t, d_s, k and u.
-        centre: take the mean over the batch off both sides; a batch of one then has loss 0.
+        centre: subtract the batch mean from both sides; a batch of one then has loss 0.
     Raises:
         ValueError: an unknown variant, or a size below 1.
     """
@@ -198,7 +199,7 @@ class RailLoss(nn.Module):
             raise ValueError("widths, number of pairs and projection size must be at least 1")
         self.num_pairs, self.variant, self.centre = num_pairs, variant, centre
         joined = num_pairs if variant == "concat" else 1
-        # Attributes: modules in a plain list would never be moved to the GPU, trained or saved.
+        # As attributes: in a plain list they would not be moved to the GPU, trained or saved.
         self.teacher_proj = nn.Linear(joined * teacher_dim, projection_size)
         self.student_proj = nn.Linear(joined * student_dim, projection_size)
 
@@ -249,7 +250,7 @@ def kd_loss(student_logits, teacher_logits, temperature):
 
     Args:
         student_logits, teacher_logits: (B, C).
-        temperature: T > 0, finite; checked, but not used, for a regression too.
+        temperature: T > 0, finite; checked for a regression too, though unused.
     Raises:
         ValueError: shapes that differ or are not (B, C), or another temperature.
     """
@@ -297,8 +298,8 @@ class Distiller(nn.Module):
         self.student, self.rail, self.settings = student, rail, settings
 
     def forward(self, batch, teacher_logits=None, teacher_pooled=None):
-        """CE, KD, RAIL of a batch {input_ids (B, S), ..., labels (B,)} and of what the teacher says
-        about it, logits (B, C) and pooled layers (B, k, d_t). 0 for a loss that is not wanted."""
+        """CE, KD and RAIL of a batch {input_ids (B, S), ..., labels (B,)}, given the teacher's
+        outputs for it: logits (B, C), pooled layers (B, k, d_t). A loss without them is 0."""
         layers = range(1, self.student.config.num_hidden_layers) if self.rail is not None else ()
         logits, pooled = outputs_of(self.student, batch, self.settings.precision, layers)
         ce = label_loss(logits, batch["labels"])
@@ -316,8 +317,8 @@ def train(distiller, data, tokenizer, settings, state_file, score, report,
 
     `teacher_outputs` is (rows, layers) -> logits (B, C), pooled layers (B, k, d_t), see section 4;
     without it the labels alone teach. `score(layers)` and `report(history)` are called after each
-    epoch. All that is random is seeded by (seed, epoch), and the state is saved in `state_file`: a
-    killed run, started again, goes on from there and ends, on a CPU bit for bit, as it would have.
+    epoch. All randomness is seeded from (seed, epoch), and the state goes to `state_file`: a run
+    that was killed continues after its last full epoch and ends, on a CPU, bit for bit the same.
     Raises FloatingPointError for a loss that is not finite, ValueError for a state of other data.
     """
     (rank, world), m = processes(), distiller.student.config.num_hidden_layers
@@ -340,7 +341,7 @@ def train(distiller, data, tokenizer, settings, state_file, score, report,
         for step, rows in enumerate(progress(batches, f"epoch {epoch}")):
             if settings.resample == "step":
                 layers = choose_layers(settings, num_teacher_layers, m, epoch, step)
-            # Each process does its share. One that is left without a row does any, with factor 0.
+            # Each process takes its share; without one, a dummy row with weight 0.
             own, factor = rows[rank::world] or rows[:1], len(rows[rank::world]) / len(rows)
             batch = make_batch(data, tokenizer, own, losses.device)
             ce, kd, rail = model(batch, *teacher_outputs(own, layers))
@@ -391,10 +392,9 @@ def make_optimizer(distiller, settings, steps):
 
 
 def length_batches(lengths, batch_size, seed):
-    """Row numbers in batches of similar length, in random order; each row stands in one batch.
+    """Row numbers in batches of similar length, in random order; each row is in exactly one.
 
-    Attention costs what the longest sentence of a batch costs: sentences of 25 tokens, padded to
-    128, would waste four fifths of the work.
+    A batch costs what its longest sentence costs: 25 tokens padded to 128 waste four fifths.
     """
     generator = torch.Generator().manual_seed(seed)
     order = get_length_grouped_indices(lengths, batch_size, generator=generator)
@@ -417,9 +417,9 @@ def epoch_record(settings, epoch, layers, losses, num_examples, start):
 
 
 # ---- 4. The teacher's outputs ------------------------------------------------------------------
-# A frozen teacher says the same about a sentence in every epoch, and RAIL-KD wants no more of it
-# than a row of logits and one pooled vector per layer. So it runs over the training data once,
-# and the loop looks its outputs up. A step costs about three forward passes of the student (one
+# A frozen teacher gives the same outputs for a sentence in every epoch, and RAIL-KD needs only its
+# logits and one pooled vector per layer. So it runs over the training data once, and the loop looks
+# its outputs up. A step costs about three forward passes of the student (one
 # forward, two for the backward pass); a live teacher, n/m times as deep, would add n/m of them in
 # every epoch. Since only sentence vectors are compared, teacher and student may differ in width,
 # architecture and even tokenizer.
@@ -448,11 +448,12 @@ def predict(model, data, tokenizer, precision="fp32", pooled=None):
         logits[rows], vectors = outputs_of(model, batch, precision, layers)
         if layers:
             pooled[rows] = vectors.to(pooled)
-            logits[rows] += 0 * pooled[rows].sum().to(logits)   # NaN if a vector is not finite
+            # 0, or NaN if a vector is not finite in half precision
+            logits[rows] += 0 * pooled[rows].sum(dtype=torch.float32).to(logits)
     if world > 1:
         torch.distributed.all_reduce(logits)
     if not torch.isfinite(logits).all():
-        raise FloatingPointError("a model puts out NaN or infinity: it is broken, or it diverged")
+        raise FloatingPointError("a model produced NaN or infinity: it is broken, or it diverged")
     return logits.cpu().numpy()
 
 
@@ -480,7 +481,7 @@ def teacher_table(teacher, data, tokenizer, settings, place):
         pooled = layers_in(part, write=True)
         np.save(part / "logits.npy", predict(teacher, data, tokenizer, settings.precision, pooled))
 
-    if not of_first(folder.is_dir()):
+    if not from_rank_0(folder.is_dir()):
         log(f"The teacher runs once; {2e-6 * math.prod(shape):,.1f} MB of outputs go to {folder}")
         if 2 * math.prod(shape) > shutil.disk_usage(place).free:
             raise ValueError(f"{place} has too little space for them: lower --max-train-examples")
@@ -609,7 +610,8 @@ def prepare(model, tokenizer, sets, settings, role):
     precision that it can't compute in.
     """
     model.to(settings.device)
-    with refuse(f"the {role}, {type(model).__name__}, can't be used; try --precision fp32"):
+    hint = "" if settings.precision == "fp32" else ", --precision fp32 may help"
+    with refuse(f"the {role}, a {type(model).__name__}, can't be used{hint}"):
         sets = {name: encode(x, tokenizer, model, settings.max_length) for name, x in sets.items()}
         if "attention_mask" not in sets["train"].column_names:
             raise ValueError("it has no attention mask, so padding would count as text")
@@ -807,8 +809,8 @@ def correlation(a, b):
 def compute_metrics(logits, labels, task=None, teacher_logits=None):
     """The metrics of GLUE for arrays (N, C) and (N,): {"accuracy": ..., "eval_loss": ...}.
 
-    Own classes have accuracy, own regressions the two correlations. `eval_loss` is CE in nats, or
-    the mean squared error; `agreement` the share of the examples, right or wrong, for which the
+    Your own data get accuracy, or the two correlations for a regression. `eval_loss` is CE in nats
+    or the mean squared error; `agreement` the share of the examples, right or wrong, for which the
     teacher, with logits (N, C), chooses the same class.
     """
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
@@ -846,7 +848,7 @@ def score(model, sets, tokenizer, settings, teacher_logits={}):
 def projected_cosine(rail, teacher_pooled):
     """The mean cosine of different sentences after the teacher's projection, see section 2.
 
-    teacher_pooled: (B, k, d_t). Near 1, the loss has found its trivial answer.
+    teacher_pooled: (B, k, d_t). Near 1, the loss has found its trivial solution.
     """
     t = F.normalize(rail.project(rail.teacher_proj, teacher_pooled), dim=-1)
     # || sum of t ||^2 is B, from each vector with itself, plus the cosines of B (B - 1) pairs.
@@ -898,14 +900,14 @@ class Settings:
     max_train_examples: int | None = option(None, "Draw this many training examples (toy: make).")
     max_length: int = option(128, "Cut longer inputs to this many tokens.")
     teacher: str | None = option(None, "Folder or hub name (default: BERT-base, or the toy's).")
-    teacher_epochs: int | None = option(None, "For one without a classifier (default: 3, toy 5).")
-    student_layers: int | None = option(None, "Cut from the teacher (default: a third of its).")
+    teacher_epochs: int | None = option(None, "Fine-tuning, where it needs any (default: 3, toy 5).")
+    student_layers: int | None = option(None, "Cut from the teacher (default: a third of them).")
     student: str | None = option(None, "Instead: folder or hub name of a student of any kind.")
     mapping: Literal["random", "skip", "last", "attention", "none", "finetune"] = option(
         "random", "Teacher layers: drawn, evenly spaced, last, all; none: CE and KD; finetune: CE.")
     variant: Literal["layerwise", "concat"] = option("layerwise", "RAIL-KD^l or RAIL-KD^c.")
     resample: Literal["epoch", "step"] = option("epoch", "When to draw a new map.")
-    centre: bool = option(False, "Take the batch mean off both sides before they get unit length.")
+    centre: bool = option(False, "Subtract the batch mean from both sides of RAIL (see section 2).")
     projection_size: int = option(128, "Width u of the projections.")
     projection_learning_rate: float | None = option(None, "Of the projections (default: the same).")
     temperature: float = option(2.0, "Softens both output distributions in KD.")
@@ -915,7 +917,7 @@ class Settings:
     learning_rate: float | None = option(None, "Peak rate of AdamW (default: 5e-5, toy 5e-4).")
     seed: int = option(0, "Everything random comes from it.")
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: the first there is.")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "auto: a half on CUDA.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "auto: half on CUDA.")
     output_dir: str | None = option(None, "New folder for the results (default: one in runs/).")
     resume: str | None = option(None, "Folder of a run to finish; beside it, device and precision.")
 
@@ -971,7 +973,7 @@ def resolve_device(device, precision):
     if found[device] and device == "cuda" and torch.cuda.get_device_capability()[0] < 8:
         offered = ["fp16", "fp32", "bf16"]         # a T4 only emulates bf16, slowly
     if not found[device] or precision not in ["auto", *offered]:
-        raise ValueError(f"--device {device} --precision {precision} can't be had here")
+        raise ValueError(f"--device {device} --precision {precision} is not available here")
     return device, offered[0] if precision == "auto" else precision
 
 
@@ -990,7 +992,7 @@ def run(settings):
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     settings = (resumed(settings) if settings.resume else settings).resolve()
-    settings.output_dir = of_first(settings.output_dir)
+    settings.output_dir = from_rank_0(settings.output_dir)
     out, first = Path(settings.output_dir), processes()[0] == 0
     if (out / "student").is_dir():
         log(f"{out} is finished already.")
@@ -1049,6 +1051,17 @@ def run(settings):
             "results": str(out)}.items():
         log(f"{name:9} {text}")
 
+    metric = "pearson"
+    if hasattr(feature, "names"):
+        metric = METRICS.get(settings.task, ["accuracy"])[0]
+
+    def log_epoch(history):
+        last = history[-1]
+        pairs = " ".join(f"{i}←{j}" for i, j in enumerate(last["layers"] or [], 1))
+        losses = "  ".join(f"{name} {last[name]:.4f}" for name in ("ce", "kd", "rail") if last[name])
+        log(f"  epoch {last['epoch']:2}  {pairs}  {losses}  {metric} {last[metric]:.4f}  "
+            f"{last['examples_per_second']:,.0f} examples/s")
+
     # 3. The teacher. One without a trained classifier is fine-tuned first, by the same loop.
     if not trained:
         log("The teacher has no trained classifier yet, so it is fine-tuned first:")
@@ -1061,6 +1074,7 @@ def run(settings):
         results["teacher"]["epochs"] = train(
             Distiller(teacher, None, plan), data, tokenizer, plan, out / "teacher.pt",
             lambda layers: score(teacher, teacher_sets, tokenizer, plan), log_epoch)
+        save_json(out / "metrics.json", results)
         save_model(made_here, teacher, tokenizer)
         teacher, tokenizer, _ = load_classifier(str(made_here), feature, "teacher")
         teacher.to(settings.device)                # as each further run will find it
@@ -1073,7 +1087,6 @@ def run(settings):
     teacher_logits = {name: predict(teacher, data, tokenizer, settings.precision)
                       for name, data in teacher_sets.items() if name != "train"}
     warn_of_weak_teacher(teacher_logits["validation"], teacher_sets["validation"]["label"])
-    save_json(out / "metrics.json", results)
 
     # 4. The loop that brings teacher, student and projections together.
     outputs = {}
@@ -1103,34 +1116,14 @@ def run(settings):
         for path in settings.eval_file}
     save_json(out / "metrics.json", results)
     save_model(out / "student", student, words)                # last: the mark of a finished run
-    log_results(results)
-    for file in out.glob("*.pt") if first else ():
-        file.unlink()
-    return results
-
-
-def log_epoch(history):
-    """One line for the last epoch: map, losses, score, speed."""
-    last = history[-1]
-    pairs = " ".join(f"{i}←{j}" for i, j in enumerate(last["layers"] or [], 1))
-    losses = "  ".join(f"{name} {last[name]:.4f}" for name in ("ce", "kd", "rail") if last[name])
-    log(f"  epoch {last['epoch']:2}  {pairs}  {losses}  {main_score(last)}  "
-        f"{last['examples_per_second']:,.0f} examples/s")
-
-
-def main_score(scores):
-    """The first metric of a task, as text."""
-    name = next(name for name in scores if name in ("accuracy", "matthews_correlation", "pearson"))
-    return f"{name} {scores[name]:.4f}"
-
-
-def log_results(results):
-    """The two-row table at the end."""
-    log("\n         layers  parameters  megabytes  ms per sentence  score")
+    log(f"\n         layers  parameters  megabytes  ms per sentence  {metric}")
     for role in ("teacher", "student"):
         row = results[role]
         log(f"{role}  {row['layers']:6}  {row['parameters']:10,}  {row['bytes'] / 1e6:9.1f}  "
-            f"{row['milliseconds_per_sentence']:15.2f}  {main_score(row)}")
+            f"{row['milliseconds_per_sentence']:15.2f}  {row[metric]:.4f}")
+    for file in out.glob("*.pt") if first else ():
+        file.unlink()
+    return results
 
 
 # ---- 10. Files and command line ----------------------------------------------------------------
@@ -1152,7 +1145,7 @@ def processes():
     return (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
 
 
-def of_first(value=None):
+def from_rank_0(value=None):
     """The value of the first process, in all of them. It also waits until all are here."""
     values = [value]
     if processes()[1] > 1:
@@ -1181,13 +1174,15 @@ def save(path, write, everywhere=False):
     try:
         if first or everywhere:
             write(part)
-        of_first()
+        from_rank_0()
         if first:
             os.replace(part, path)
+    except FloatingPointError:                     # from a model, not from the disk
+        raise
     except Exception as error:
         if not path.is_dir():                      # a folder that another run finished is as good
             raise OSError(f"{path} could not be written ({error}); no change there") from error
-    of_first()
+    from_rank_0()
 
 
 def save_json(path, content):
@@ -1255,8 +1250,9 @@ def main(argv=None):
         run(settings)
         return 0
     except KeyboardInterrupt:
-        folder = shlex.quote(settings.resume or settings.output_dir)
-        print(f"stopped; go on with: python rail_kd.py --resume {folder}", file=sys.stderr)
+        folder = str(settings.resume or settings.output_dir)
+        hint = f"; go on with: python rail_kd.py --resume {shlex.quote(folder)}"
+        print("stopped" + hint * Path(folder).exists(), file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         print(f"rail_kd.py: {' '.join(str(error).split())}", file=sys.stderr)
