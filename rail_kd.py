@@ -442,7 +442,8 @@ def predict(model, data, tokenizer, precision="fp32", pooled=None):
     rank, world = processes()
     layers = () if pooled is None else range(1, pooled.shape[1] + 1)
     logits = torch.zeros(len(data), model.config.num_labels, device=model.device)
-    batches = length_batches(lengths_of(data), 64, seed=0)
+    order = np.argsort(lengths_of(data)).tolist()  # from short to long: little padding
+    batches = [order[i:i + 64] for i in range(0, len(order), 64)]
     for rows in progress(batches[rank::world], "forward passes"):
         batch = make_batch(data, tokenizer, rows, model.device)
         logits[rows], vectors = outputs_of(model, batch, precision, layers)
@@ -1042,15 +1043,11 @@ def run(settings):
             open(out / "metrics.json", "x").close()
     save_json(out / "metrics.json", results)
     kind = f"classes {', '.join(feature.names)}" if hasattr(feature, "names") else "a regression"
-    for name, text in {
-            "data": f"{len(sets['train']):,} training examples, {kind}",
-            "teacher": f"{n} layers, {teacher.num_parameters():,} parameters",
-            "student": f"{m} layers, {student.num_parameters():,} parameters",
-            "training": f"{settings.epochs} epochs, mapping {settings.mapping}, "
-                        f"{settings.precision} on {settings.device}",
-            "results": str(out)}.items():
-        log(f"{name:9} {text}")
-
+    log(f"data      {len(sets['train']):,} training examples, {kind}\n"
+        f"teacher   {n} layers, {teacher.num_parameters():,} parameters\n"
+        f"student   {m} layers, {student.num_parameters():,} parameters\n"
+        f"training  {settings.epochs} epochs, mapping {settings.mapping}, {settings.precision} on "
+        f"{settings.device}\nresults   {out}")
     metric = "pearson"
     if hasattr(feature, "names"):
         metric = METRICS.get(settings.task, ["accuracy"])[0]
