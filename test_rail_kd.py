@@ -835,6 +835,10 @@ def test_job_leaves_a_student_for_pipelines_and_all_numbers(world, tmp_path):
     assert {"layers", "ce", "kd", "rail", "total", "seconds", "examples_per_second", "accuracy",
             "agreement", "eval_loss"} <= set(result["epochs"][1])
     assert len(result["teacher"]["epochs"]) == 1
+    again = run(job(world, tmp_path / "again", epochs=2, teacher=str(out / "teacher"),
+                    student_layers=2))
+    assert [x["total"] for x in again["epochs"]] == [x["total"] for x in result["epochs"]], \
+        "the student is cut from the teacher that was fine-tuned, not from what it was before"
     assert {"accuracy", "eval_loss"} <= set(result["evaluation"][other]["teacher"])
     assert {x.name for x in out.iterdir()} == {"metrics.json", "student", "teacher"}
     pipe = transformers.pipeline("text-classification", model=str(out / "student"))
