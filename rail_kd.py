@@ -24,11 +24,11 @@ by a trained linear layer, and scaled to length 1. RAIL is their mean squared di
 
 The toy ends with these lines (1←3: student layer 1 learned from teacher layer 3 in that epoch):
 
-      epoch  8  1←3 2←8 3←11  ce 0.7610  kd 0.1946  rail 0.0600  accuracy 0.9970  889 examples/s
+      epoch  8  1←3 2←8 3←11  ce 0.7610  kd 0.1946  rail 0.0600  accuracy 0.9970  1,118 examples/s
 
              layers  parameters  megabytes  ms per sentence  accuracy
-    teacher      12     413,122        1.7             7.01  1.0000
-    student       4     145,346        0.6             2.53  0.9970
+    teacher      12     413,122        1.7             6.22  1.0000
+    student       4     145,346        0.6             2.73  0.9970
 
 Source: Haidar, Anchuri, Rezagholizadeh, Ghaddar, Langlais, Poupart, "RAIL-KD: RAndom Intermediate
 Layer Mapping for Knowledge Distillation", Findings of NAACL 2022, arXiv 2109.10164. This file is
@@ -40,7 +40,7 @@ two public re-implementations (aitsc/GLMKD and TKC002/CILDA-plus-minILD). Who de
     candidates 1..n-1, k = m-1 pairs: the last layers stay out of the draw    one of them (GLMKD)
     one projection per side, shared by all pairs; squared distance            one of them (GLMKD)
     mean over the k pairs, so that RAIL lies in [0, 4]                        ours
-    padding is left out of the mean over tokens                               ours; neither does this
+    padding is left out of the mean over tokens (both include it)             ours
     projections with a bias, at the learning rate of the student              ours
     temperature 2 (the factor T^2 is standard)                                ours (theirs: 10, 1)
     10 epochs, learning rate 5e-5, a tenth of the steps is warm-up            ours (one: 20, 2e-5)
@@ -901,7 +901,7 @@ class Settings:
     max_train_examples: int | None = option(None, "Draw this many training examples (toy: make).")
     max_length: int = option(128, "Cut longer inputs to this many tokens.")
     teacher: str | None = option(None, "Folder or hub name (default: BERT-base, or the toy's).")
-    teacher_epochs: int | None = option(None, "Fine-tuning, where it needs any (default: 3, toy 5).")
+    teacher_epochs: int | None = option(None, "To fine-tune it, if needed (default: 3, toy 5).")
     student_layers: int | None = option(None, "Cut from the teacher (default: a third of them).")
     student: str | None = option(None, "Instead: folder or hub name of a student of any kind.")
     mapping: Literal["random", "skip", "last", "attention", "none", "finetune"] = option(
@@ -1055,7 +1055,7 @@ def run(settings):
     def log_epoch(history):
         last = history[-1]
         pairs = " ".join(f"{i}←{j}" for i, j in enumerate(last["layers"] or [], 1))
-        losses = "  ".join(f"{name} {last[name]:.4f}" for name in ("ce", "kd", "rail") if last[name])
+        losses = "  ".join(f"{x} {last[x]:.4f}" for x in ("ce", "kd", "rail") if last[x])
         log(f"  epoch {last['epoch']:2}  {pairs}  {losses}  {metric} {last[metric]:.4f}  "
             f"{last['examples_per_second']:,.0f} examples/s")
 
