@@ -51,7 +51,8 @@ Letters: B sentences in a batch, S tokens in a sentence, N training examples, C 
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
 width of the projections, T the temperature. The method is in sections 1 to 3, the draw, the losses,
 one step and the loop, and a reader can stop there. The rest serves it: 4 the teacher's outputs,
-5 models, 6 data, 7 scores, 8 settings, 9 the whole job, 10 files and command line.
+5 models, 6 data, 7 scores, 8 settings, 9 the whole job, 10 files and command line. A course blanks
+what stands between the SOLUTION markers, see the README.
 """
 import contextlib
 import copy
@@ -141,7 +142,7 @@ def choose_layers(settings, num_teacher_layers, num_student_layers, epoch, step=
 #
 #   RAIL = mean over the batch of  sum_i a_i * || s_i - t_i ||^2,  with a_i = 1/k
 #
-# Between unit vectors || s - t ||^2 = 2 - 2 cos(s, t): 0 for one direction, 4 for opposite ones.
+# Between unit vectors || s - t ||^2 = 2 - 2 cos(s, t): 0 for equal directions, 4 for opposite ones.
 #
 # The trivial solution. Both projections are trained, so the loss also falls when both send every
 # sentence in one direction. It is then near 0 but teaches nothing. A low loss does not show this;
@@ -327,7 +328,7 @@ def train(distiller, data, tokenizer, settings, state_file, score, report,
     parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     history = load_state(state_file, parts, data)
     model = distiller
-    if world > 1:
+    if world > 1:                          # XLNet, say, has weights that a classifier never uses
         model = nn.parallel.DistributedDataParallel(distiller, find_unused_parameters=True)
 
     for epoch in range(len(history) + 1, settings.epochs + 1):
@@ -419,10 +420,9 @@ def epoch_record(settings, epoch, layers, losses, num_examples, start):
 # ---- 4. The teacher's outputs ------------------------------------------------------------------
 # A frozen teacher gives the same outputs for a sentence in every epoch, and RAIL-KD needs only its
 # logits and one pooled vector per layer. So it runs over the training data once, and the loop looks
-# its outputs up. A step costs about three forward passes of the student (one
-# forward, two for the backward pass); a live teacher, n/m times as deep, would add n/m of them in
-# every epoch. Since only sentence vectors are compared, teacher and student may differ in width,
-# architecture and even tokenizer.
+# its outputs up. A step costs about three forward passes of the student (one forward, two for the
+# backward pass); a live teacher, n/m times as deep, would add n/m in every epoch. Since only sentence
+# vectors are compared, the two may differ in width, architecture and even tokenizer.
 
 
 def make_batch(data, tokenizer, rows, device):
@@ -708,7 +708,7 @@ def with_labels(data, path, feature=None):
         if all(re.fullmatch(r"[+-]?\d+", x) for x in numbers):
             feature = datasets.ClassLabel(names=sorted(labels, key=int if numbers else None))
     known = set(getattr(feature, "names", numbers))
-    if isinstance(feature, datasets.ClassLabel) and not known & numbers:
+    if isinstance(feature, datasets.ClassLabel) and not feature.names[0].lstrip("+-").isdigit():
         known |= {str(number) for number in range(len(known))}
     if labels - known:
         raise ValueError(f"{path}: the training data have no label {min(labels - known)!r}")
@@ -902,7 +902,7 @@ class Settings:
     max_length: int = option(128, "Cut longer inputs to this many tokens.")
     teacher: str | None = option(None, "Folder or hub name (default: BERT-base, or the toy's).")
     teacher_epochs: int | None = option(None, "To fine-tune it, if needed (default: 3, toy 5).")
-    student_layers: int | None = option(None, "Cut from the teacher (default: a third of them).")
+    student_layers: int | None = option(None, "Cut so many from the teacher (default: a third).")
     student: str | None = option(None, "Instead: folder or hub name of a student of any kind.")
     mapping: Literal["random", "skip", "last", "attention", "none", "finetune"] = option(
         "random", "Teacher layers: drawn, evenly spaced, last, all; none: CE and KD; finetune: CE.")
@@ -917,7 +917,7 @@ class Settings:
     batch_size: int = option(32, "Examples in a step, over all processes together.")
     learning_rate: float | None = option(None, "Peak rate of AdamW (default: 5e-5, toy 5e-4).")
     seed: int = option(0, "Everything random comes from it.")
-    device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: the first there is.")
+    device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: CUDA, MPS or CPU.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "auto: half on CUDA.")
     output_dir: str | None = option(None, "New folder for the results (default: one in runs/).")
     resume: str | None = option(None, "Folder of a run to finish; beside it, device and precision.")
@@ -1076,7 +1076,7 @@ def run(settings):
         teacher, tokenizer, _ = load_classifier(str(made_here), feature, "teacher")
         teacher.to(settings.device)                # as each further run will find it
         log(f"It can be used again with --teacher {shlex.quote(str(made_here))}")
-        if not settings.student:                   # cut again, from what has learned by now
+        if not settings.student:                   # cut again, now that it has learned
             student = build_student(teacher, m)
     teacher.requires_grad_(False)
     results["teacher"] |= score(teacher, teacher_sets, tokenizer, settings)

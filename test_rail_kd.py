@@ -738,6 +738,9 @@ def test_own_files_keep_their_texts_and_labels_are_names_numbers_or_decimals(tmp
     assert data["sentence1"][:] == ["NA", "007", 'a "quoted", text']
     assert data["label"][:] == [1, 0, 1]
     assert load(tmp_path, [("a", 10), ("b", 2)]).features["label"].names == ["2", "10"]
+    other = write_csv(tmp_path / "other.csv", [("a", 1)])
+    refuses(lambda: load(tmp_path, [("a", 10), ("b", 2)], eval_file=[other]),
+            "1 is no label of the classes 2 and 10, and must not mean the second of them")
     data = load(tmp_path, [("a", 1)] * 10_050 + [("b", 2.5)])
     assert data.features["label"].dtype == "float32" and data["label"][-1] == 2.5
     lines = [json.dumps({"sentence1": "a", "sentence2": f"b{i}", "label": i}) for i in range(3)]
