@@ -54,19 +54,8 @@ one step and the loop, and a reader can stop there. The rest serves it: 4 the te
 5 models, 6 data, 7 scores, 8 settings, 9 the whole job, 10 files and command line. A course blanks
 what stands between the SOLUTION markers, see the README.
 """
-import contextlib
-import copy
-import csv
-import dataclasses
-import inspect
-import json
-import math
-import os
-import re
-import shlex
-import shutil
-import sys
-import time
+import argparse, contextlib, copy, csv, dataclasses, inspect, json
+import os, re, shlex, shutil, sys, time
 from pathlib import Path
 from typing import Literal
 
@@ -127,7 +116,7 @@ def choose_layers(settings, num_teacher_layers, num_student_layers, epoch, step=
     n, m = num_teacher_layers, num_student_layers
     if settings.mapping == "random":
         # Not one generator for the whole run: a resumed run would go on with other layers.
-        key = [settings.seed, epoch] + ([step] if settings.resample == "step" else [])
+        key = [settings.seed, epoch, step if settings.resample == "step" else 0]
         return sample_layer_map(n, m, np.random.default_rng(key))
     if settings.mapping == "skip":
         return np.array([round(i * n / m) for i in range(1, m)])   # round() takes halves to even
@@ -259,7 +248,7 @@ def kd_loss(student_logits, teacher_logits, temperature):
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
         raise ValueError(f"student logits {tuple(student_logits.shape)} and teacher logits "
                          f"{tuple(teacher_logits.shape)} must have one shape (B, C)")
-    if not 0 < temperature < math.inf:
+    if not 0 < temperature < torch.inf:
         raise ValueError(f"temperature {temperature} must be a positive finite number")
     if student_logits.shape[1] == 1:
         return F.mse_loss(student_logits, teacher_logits.detach())
@@ -312,22 +301,22 @@ class Distiller(nn.Module):
         return ce, kd, rail
 
 
-def train(distiller, data, tokenizer, settings, state_file, score, report,
-          teacher_outputs=lambda rows, layers: (), num_teacher_layers=None):
+def train(distiller, data, tokenizer, settings, state_file, after_epoch,
+          teacher_outputs=None, num_teacher_layers=None):
     """Trains a Distiller in place; returns the history, one dict per epoch.
 
     `teacher_outputs` is (rows, layers) -> logits (B, C), pooled layers (B, k, d_t), see section 4;
-    without it the labels alone teach. `score(layers)` and `report(history)` are called after each
-    epoch. All randomness is seeded from (seed, epoch), and the state goes to `state_file`: a run
-    that was killed continues after its last full epoch and ends, on a CPU, bit for bit the same.
-    Raises FloatingPointError for a loss that is not finite, ValueError for a state of other data.
+    without it the labels alone teach. `after_epoch(history, layers)` adds scores. All randomness
+    is seeded from (seed, epoch), and the state goes to `state_file`: a run that was killed
+    continues after its last full epoch and ends, on a CPU, bit for bit the same. Raises
+    FloatingPointError for a loss that is not finite, ValueError for a state of other data.
     """
     (rank, world), m = processes(), distiller.student.config.num_hidden_layers
-    steps, lengths = math.ceil(len(data) / settings.batch_size), lengths_of(data)
+    lengths, steps = lengths_of(data), len(range(0, len(data), settings.batch_size))
     optimizer, schedule, scaler = make_optimizer(distiller, settings, steps * settings.epochs)
     parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     history = load_state(state_file, parts, data)
-    model = distiller
+    model, quiet = distiller, rank > 0 or None     # None: a bar where stderr is a terminal
     if world > 1:                          # XLNet, say, has weights that a classifier never uses
         model = nn.parallel.DistributedDataParallel(distiller, find_unused_parameters=True)
 
@@ -339,13 +328,14 @@ def train(distiller, data, tokenizer, settings, state_file, score, report,
         losses = torch.zeros(4, device=distiller.student.device)   # sums, read after the epoch
         distiller.train()
         batches = length_batches(lengths, settings.batch_size, seed)
-        for step, rows in enumerate(progress(batches, f"epoch {epoch}")):
+        for step, rows in enumerate(tqdm(batches, f"epoch {epoch}", leave=False, disable=quiet)):
             if settings.resample == "step":
                 layers = choose_layers(settings, num_teacher_layers, m, epoch, step)
             # Each process takes its share; without one, a dummy row with weight 0.
             own, factor = rows[rank::world] or rows[:1], len(rows[rank::world]) / len(rows)
             batch = make_batch(data, tokenizer, own, losses.device)
-            ce, kd, rail = model(batch, *teacher_outputs(own, layers))
+            targets = () if teacher_outputs is None else teacher_outputs(own, layers)
+            ce, kd, rail = model(batch, *targets)
             loss = combined_loss(ce, kd, rail, settings.weights)
             scaler.scale(loss * factor * world).backward()     # DDP takes the mean of gradients
             scaler.step(optimizer)
@@ -353,10 +343,14 @@ def train(distiller, data, tokenizer, settings, state_file, score, report,
             schedule.step()
             optimizer.zero_grad()
             losses += torch.stack([ce, kd, rail, loss]).detach() * factor * len(rows) / len(data)
-        record = epoch_record(settings, epoch, layers, losses, len(data), start)
-        history.append(record | score(layers))
+        ce, kd, rail, total = summed(losses, f"the loss of epoch {epoch}").tolist()
+        seconds = time.perf_counter() - start
+        one_map = settings.mapping in ("random", "skip", "last") and settings.resample == "epoch"
+        history.append({"epoch": epoch, "layers": layers.tolist() if one_map else None, "ce": ce,
+                        "kd": kd, "rail": rail, "total": total, "seconds": seconds,
+                        "examples_per_second": len(data) / seconds})
+        after_epoch(history, layers)
         save_state(state_file, parts, data, history)
-        report(history)
     return history
 
 
@@ -403,18 +397,14 @@ def length_batches(lengths, batch_size, seed):
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
 
-def epoch_record(settings, epoch, layers, losses, num_examples, start):
-    """What the history keeps of an epoch; the losses are means over examples."""
+def summed(tensor, what):
+    """The sum of a tensor over all processes. Raises FloatingPointError if it is not finite."""
     if processes()[1] > 1:
-        torch.distributed.all_reduce(losses)
-    if not torch.isfinite(losses).all():
-        raise FloatingPointError(f"the loss is NaN or infinite in epoch {epoch}: start anew with a "
-                                 "lower --learning-rate, or with --precision fp32")
-    one_map = settings.mapping in ("random", "skip", "last") and settings.resample == "epoch"
-    record = {"epoch": epoch, "layers": layers.tolist() if one_map else None}
-    record |= dict(zip(("ce", "kd", "rail", "total"), losses.tolist()))
-    seconds = time.perf_counter() - start
-    return record | {"seconds": seconds, "examples_per_second": num_examples / seconds}
+        torch.distributed.all_reduce(tensor)
+    if not torch.isfinite(tensor).all():
+        raise FloatingPointError(f"NaN or infinity in {what}: the model is broken, or a lower "
+                                 "--learning-rate or --precision fp32 helps")
+    return tensor
 
 
 # ---- 4. The teacher's outputs ------------------------------------------------------------------
@@ -427,8 +417,7 @@ def epoch_record(settings, epoch, layers, losses, num_examples, start):
 
 def make_batch(data, tokenizer, rows, device):
     """Rows of encoded data, padded to their longest: {input_ids (B, S), ..., labels (B,)}."""
-    batch = transformers.DataCollatorWithPadding(tokenizer)(data[rows])
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return transformers.DataCollatorWithPadding(tokenizer)(data[rows]).to(device)
 
 
 @torch.no_grad()
@@ -436,7 +425,7 @@ def predict(model, data, tokenizer, precision="fp32", pooled=None):
     """The logits of a model for encoded data, in their order: float32 array (N, C).
 
     If `pooled` (N, n, d) is given, it is filled with the pooled outputs of all layers. Several
-    processes share the work. Raises FloatingPointError for outputs that are NaN or infinite.
+    processes share the work. Raises FloatingPointError for logits that are NaN or infinite.
     """
     model.eval()                                   # with dropout, a teacher would be noisy
     rank, world = processes()
@@ -444,18 +433,12 @@ def predict(model, data, tokenizer, precision="fp32", pooled=None):
     logits = torch.zeros(len(data), model.config.num_labels, device=model.device)
     order = np.argsort(lengths_of(data)).tolist()  # from short to long: little padding
     batches = [order[i:i + 64] for i in range(0, len(order), 64)]
-    for rows in progress(batches[rank::world], "forward passes"):
+    for rows in tqdm(batches[rank::world], "forward passes", leave=False, disable=rank > 0 or None):
         batch = make_batch(data, tokenizer, rows, model.device)
         logits[rows], vectors = outputs_of(model, batch, precision, layers)
         if layers:
             pooled[rows] = vectors.to(pooled)
-            # 0, or NaN if a vector is not finite in half precision
-            logits[rows] += 0 * pooled[rows].sum(dtype=torch.float32).to(logits)
-    if world > 1:
-        torch.distributed.all_reduce(logits)
-    if not torch.isfinite(logits).all():
-        raise FloatingPointError("a model produced NaN or infinity: it is broken, or it diverged")
-    return logits.cpu().numpy()
+    return summed(logits, "a model's logits").cpu().numpy()
 
 
 def teacher_table(teacher, data, tokenizer, settings, place):
@@ -467,34 +450,29 @@ def teacher_table(teacher, data, tokenizer, settings, place):
     Its name is a hash of all it depends on: tokens, weights, configuration and pooling. Raises
     ValueError where the disk has too little space.
     """
-    weights = [tensor.cpu() for tensor in teacher.state_dict().values()]
-    name = fingerprint(data.remove_columns("label"), weights, teacher.config.to_json_string(),
-                       tokenizer.padding_side, settings.precision, mean_pool.__code__)
-    folder, device = place / f"table-{name}", teacher.device
+    name = fingerprint(data.remove_columns("label"), *teacher.state_dict().values(),
+                       teacher.config.to_json_string(), tokenizer.padding_side,
+                       settings.precision, mean_pool.__code__)
     shape = len(data), teacher.config.num_hidden_layers, teacher.config.hidden_size
-
-    def layers_in(folder, write=False):                                         # (N, n, d_t)
-        path, size = str(folder / "pooled.bin"), math.prod(shape)
-        return torch.from_file(path, write, size, dtype=torch.float16).view(shape)
-
-    def write(part):
-        part.mkdir(exist_ok=True)
-        pooled = layers_in(part, write=True)
-        np.save(part / "logits.npy", predict(teacher, data, tokenizer, settings.precision, pooled))
-
-    if not from_rank_0(folder.is_dir()):
-        log(f"The teacher runs once; {2e-6 * math.prod(shape):,.1f} MB of outputs go to {folder}")
-        if 2 * math.prod(shape) > shutil.disk_usage(place).free:
-            raise ValueError(f"{place} has too little space for them: lower --max-train-examples")
-        save(folder, write, everywhere=True)
-    pooled, logits = layers_in(folder), torch.from_numpy(np.load(folder / "logits.npy"))
+    folder, size = place / f"table-{name}", int(np.prod(shape))
+    done = from_rank_0((folder / "logits.pt").exists())        # it is written last
+    if not done and 2 * size > shutil.disk_usage(place).free:
+        raise ValueError(f"{place} has no space for the teacher's outputs, {2e-9 * size:.1f} GB")
+    folder.mkdir(exist_ok=True)
+    pooled = torch.from_file(str(folder / "pooled.bin"), True, size, dtype=torch.float16)
+    pooled = pooled.view(shape)                                                 # (N, n, d_t)
+    if not done:
+        print(f"The teacher runs once; {2e-6 * size:,.1f} MB of outputs go to {folder}")
+        found = predict(teacher, data, tokenizer, settings.precision, pooled)
+        save(folder / "logits.pt", lambda part: torch.save(torch.from_numpy(found), part))
+    logits = torch.load(folder / "logits.pt", weights_only=True)
 
     def teacher_outputs(rows, layers):
         if layers is None:                         # a mapping without RAIL
-            return logits[rows].to(device), None
+            return logits[rows].to(teacher.device), None
         # One joint index: pooled[rows][:, layers - 1] would read all layers of a row first.
         found = pooled[torch.as_tensor(rows)[:, None], torch.as_tensor(layers) - 1]
-        return logits[rows].to(device), found.to(device).float()
+        return logits[rows].to(teacher.device), found.to(teacher.device).float()
     return teacher_outputs
 
 
@@ -510,24 +488,29 @@ def toy_teacher(seed, num_layers=12):
     Deep Transformers that learn from scratch easily stay at chance. What helps here: no dropout,
     warm-up, and weights that start larger than BERT's 0.02, which was made for a width of 768.
     """
-    words = " ".join(TOPICS + NEGATIVE + POSITIVE + DEGREES + NEGATIONS).split()
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] , .".split() + sorted(words + LINKS)
-    vocabulary = {word: number for number, word in enumerate(words)}
+    words = " ".join(TOPICS + NEGATIVE + POSITIVE + DEGREES + NEGATIONS + LINKS).split()
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] , .".split() + sorted(words)
     torch.manual_seed(seed)
     model = transformers.BertForSequenceClassification(transformers.BertConfig(
         vocab_size=len(words), hidden_size=64, num_hidden_layers=num_layers, num_attention_heads=4,
         intermediate_size=128, max_position_embeddings=64, initializer_range=0.05,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1}))
+    vocabulary = {word: number for number, word in enumerate(words)}
     return model, transformers.BertTokenizer(vocabulary, model_max_length=64)
 
 
-def load_classifier(name, feature, role):
+def load_classifier(name, feature, seed, role):
     """(model, tokenizer, trained) from a hub name or a folder, with the outputs of the data.
 
-    An encoder that was only pretrained gets a new classifier, and `trained` is False. So does a
-    student (`role`) that was trained for other classes. `feature` is the type of the label column.
-    Raises ValueError where nothing can be loaded, or nothing that fits.
+    An encoder that was only pretrained gets a new classifier, drawn from the seed, and `trained`
+    is False. So does a student (`role`) that was trained for other classes. No name means the
+    toy's teacher. `feature` is the type of the label column. Raises ValueError where nothing can
+    be loaded, or nothing that fits.
     """
+    if name is None:
+        return *toy_teacher(seed), False
+    torch.manual_seed(seed)
     with refuse(f"no {role} can be loaded from {name!r}"):
         # Code from the hub is never run, and weights hold none: safetensors, or weights_only.
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -538,11 +521,10 @@ def load_classifier(name, feature, role):
         # classifier and for BERT's pooler, which belongs to it, but not for the encoder.
         mismatched = {key for key, *_ in info["mismatched_keys"]}
         new, encoder = mismatched | set(info["missing_keys"]), f"{model.base_model_prefix}."
-        lost = [key for key in new if key.startswith(encoder) and "pooler" not in key]
-        if lost:
-            raise ValueError(f"its weights do not fit its configuration, such as {lost[0]}")
-        if mismatched and role == "teacher":
-            raise ValueError("it was trained for another number of classes than the data have")
+        wrong = [key for key in new if key.startswith(encoder) and "pooler" not in key]
+        if wrong or (mismatched and role == "teacher"):
+            raise ValueError("its weights do not fit its configuration, or the data's number of "
+                             f"classes: {min(wrong or mismatched)}")
     use_labels(model, feature)
     return model.float(), tokenizer, not new       # float: it may be stored in half precision
 
@@ -561,8 +543,7 @@ def use_labels(model, feature):
         if sorted(own) != sorted(wanted):          # perhaps they differ in case only
             own, wanted = [x.lower() for x in own], [x.lower() for x in wanted]
         if own != wanted and sorted(own) == sorted(wanted) and len(set(own)) == len(own):
-            linear = [part for part in model.modules() if isinstance(part, nn.Linear)]
-            head = [part for part in linear if part.out_features == len(own)][-1]
+            head = [x for x in model.modules() if getattr(x, "out_features", 0) == len(own)][-1]
             for parameter in head.parameters():                        # weight (C, d), bias (C,)
                 parameter.data = parameter.data[[own.index(name) for name in wanted]]
         model.config.problem_type = "single_label_classification"
@@ -592,12 +573,11 @@ def build_student(teacher, num_layers):
         cut.config.num_hidden_layers = num_layers
         if getattr(cut.config, "layer_types", None):           # layers that differ keep their type
             cut.config.layer_types = [cut.config.layer_types[i] for i in kept]
-        stacks = [part for part in cut.modules() if isinstance(part, nn.ModuleList)]
-        layers = next(stack for stack in stacks if len(stack) == n)    # ALBERT has just one layer
+        layers = next(x for x in cut.modules() if isinstance(x, nn.ModuleList) and len(x) == n)
         for i in sorted(set(range(n)) - set(kept), reverse=True):
             del layers[i]
         # Not `cut` itself but a new model of its config, since that is what the saved student is
-        # loaded into. Each weight must have its place there.
+        # loaded into. Each weight must have its place there. (ALBERT has just one layer.)
         student = type(teacher)(cut.config)
         student.load_state_dict(cut.state_dict())
     return student.train()
@@ -616,9 +596,8 @@ def prepare(model, tokenizer, sets, settings, role):
         sets = {name: encode(x, tokenizer, model, settings.max_length) for name, x in sets.items()}
         if "attention_mask" not in sets["train"].column_names:
             raise ValueError("it has no attention mask, so padding would count as text")
-        order = np.argsort(lengths_of(sets["train"]))
+        two = sets["train"].select(np.argsort(lengths_of(sets["train"]))[[0, -1]])
         pooled = torch.zeros(2, model.config.num_hidden_layers, model.config.hidden_size)
-        two = sets["train"].select([int(order[0]), int(order[-1])])
         predict(model, two, tokenizer, settings.precision, pooled)
     return sets
 
@@ -637,6 +616,8 @@ TOPICS = "acting plot music ending dialogue cast pacing script humour story".spl
 NEGATIVE = "dull clumsy stale silly cold weak tedious messy".split()
 POSITIVE = "clever moving fresh funny warm sharp gripping charming".split()
 DEGREES, NEGATIONS = ["", "", "very", "quite", "rather"], ["not", "never", "hardly"]
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+MISSING, UNSCORED = ("", "NA", "N/A", "NaN", "nan", "null"), ("train", "teacher_train")
 LINKS = ["the", "is", "but", "yet", "although"]
 FORMS = ["the {main}.", "the {main}, although the {side}.", "although the {side}, the {main}.",
          "the {side}, but the {main}.", "the {side}, yet the {main}."]
@@ -666,8 +647,12 @@ def toy_sentences(seed, sizes):
     return [data.select(range(end - size, end)) for size, end in zip(sizes, np.cumsum(sizes))]
 
 
-def read_file(path):
-    """A file of CSV or JSON lines -> Dataset of text: sentence1, maybe sentence2, label.
+def read_file(path, train=None):
+    """A file of CSV or JSON lines -> Dataset with sentence1, maybe sentence2, and label.
+
+    Names are classes, in the order of the alphabet, and so are whole numbers, in theirs; any
+    decimal makes a regression. A further file has the columns and labels of `train`, and may give
+    a class by its number: 0 and 1 for "negative" and "positive". Raises ValueError for others.
 
     Not by `datasets.load_dataset`: that takes [ and * in a path for a pattern, rewrites 007 as 7,
     and gives the old rows of a file that was replaced by one with the same time stamp.
@@ -678,49 +663,36 @@ def read_file(path):
                 rows = list(csv.DictReader(file, strict=True))
             else:
                 rows = [json.loads(line) for line in file if line.strip()]
-        data = datasets.Dataset.from_list(rows)
-        if "sentence1" not in data.column_names:
-            data = data.rename_column("sentence", "sentence1")
-        names = ["sentence1", "sentence2"] if "sentence2" in data.column_names else ["sentence1"]
-        data = data.select_columns([*names, "label"])
-        for name in data.column_names:
-            data = data.cast_column(name, datasets.Value("string"))
-            missing = (None, "", "NA", "N/A", "NaN", "nan", "null") if name == "label" else (None,)
-            for number, value in enumerate(data[name], 1):
-                if value in missing:
-                    raise ValueError(f"example {number} has no {name}")
-    return data
-
-
-def with_labels(data, path, feature=None):
-    """`data` with its labels, which are text, turned into `feature`, or what they seem to be.
-
-    Names are classes, in the order of the alphabet, and so are whole numbers, in theirs; any
-    decimal makes a regression. Later files may name a class by its number, where the names are not
-    numbers: 0 and 1 for "negative" and "positive". Raises ValueError for labels that do not fit.
-    """
-    labels = set(data["label"])
-    numbers = {x for x in labels if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", x)}
-    if feature is None:
-        if len(labels) == 1 or numbers not in (set(), labels):
-            raise ValueError(f"{path}: labels must differ, and be all names or all numbers")
-        feature = datasets.Value("float32")
-        if all(re.fullmatch(r"[+-]?\d+", x) for x in numbers):
+        first = "sentence" if "sentence" in rows[0] else "sentence1"
+        names = [first, "sentence2", "label"] if "sentence2" in rows[0] else [first, "label"]
+        for number, row in enumerate(rows, 1):
+            if None in map(row.get, names) or row["label"] in MISSING:
+                raise ValueError(f"example {number} lacks one of {', '.join(names)}")
+        data = datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in names})
+        data = data.cast(datasets.Features(dict.fromkeys(names, datasets.Value("string"))))
+        data = data.rename_columns({first: "sentence1"})
+        labels, feature = set(data["label"]), datasets.Value("float32")
+        numbers = set(filter(NUMBER.fullmatch, labels))
+        if train is not None:
+            feature = train.features["label"]
+            known = set(getattr(feature, "names", numbers))
+            if data.column_names != train.column_names:
+                raise ValueError("the training data have other text columns")
+            if all(map(NUMBER.fullmatch, known)) and labels - known:
+                raise ValueError(f"the training data have no label {min(labels - known)!r}")
+        elif len(labels) == 1 or 0 < len(numbers) < len(labels):
+            raise ValueError("labels must differ, and be all names or all numbers")
+        elif not numbers or all(x.lstrip("+-").isdigit() for x in labels):
             feature = datasets.ClassLabel(names=sorted(labels, key=int if numbers else None))
-    known = set(getattr(feature, "names", numbers))
-    if isinstance(feature, datasets.ClassLabel) and not feature.names[0].lstrip("+-").isdigit():
-        known |= {str(number) for number in range(len(known))}
-    if labels - known:
-        raise ValueError(f"{path}: the training data have no label {min(labels - known)!r}")
-    return data.cast_column("label", feature)
+        return data.cast_column("label", feature)      # a name, or else a number, becomes a class
 
 
-def load_task(settings, for_teacher=False):
+def load_task(settings):
     """All data of a task, as text: {"train": ..., "validation": ..., file name: ...}.
 
-    Everything but "train" is scored. MNLI has "validation_mismatched" too. GLUE's test splits are
-    left out: their labels are all -1. The toy's student gets an eighth as many sentences as its
-    teacher (`for_teacher`), other ones, and a fifth of its labels is wrong.
+    Everything is scored but "train", and the toy's "teacher_train": eight times as many sentences,
+    others, without wrong labels. MNLI has "validation_mismatched" too. GLUE's test splits are left
+    out: their labels are all -1.
 
     Returns:
         Dict of Datasets with the columns sentence1, maybe sentence2, and label.
@@ -733,26 +705,22 @@ def load_task(settings, for_teacher=False):
         validation, train, teacher_train = toy_sentences(settings.seed, [1000, size, 8 * size])
         wrong = np.random.default_rng([settings.seed, 0xBAD]).permutation(size) < size // 5
         noisy = train.map(lambda row, i: {"label": row["label"] ^ int(wrong[i])}, with_indices=True)
-        sets = {"train": teacher_train if for_teacher else noisy, "validation": validation}
+        sets = {"train": noisy, "teacher_train": teacher_train, "validation": validation}
     elif settings.task:
         with refuse(f"{settings.task} can't be loaded from the hub (--task toy needs none)"):
             splits = datasets.load_dataset("nyu-mll/glue", settings.task)
         for split, data in splits.items():
-            texts = [name for name in data.column_names if name not in ("label", "idx")]
-            data = data.select_columns([*texts, "label"])
-            data = data.rename_columns(dict(zip(texts, ("sentence1", "sentence2"))))
             if not split.startswith("test"):
-                sets[split.replace("_matched", "")] = data
+                texts = [name for name in data.column_names if name not in ("label", "idx")]
+                data = data.rename_columns(dict(zip(texts, ("sentence1", "sentence2"))))
+                sets[split.replace("_matched", "")] = data.remove_columns("idx")
     else:
         files = {"train": settings.train_file, "validation": settings.validation_file} | files
     for name, path in files.items():
-        feature = sets["train"].features["label"] if sets else None
-        sets[name] = with_labels(read_file(path), path, feature)
-        if sets[name].column_names != sets["train"].column_names:
-            raise ValueError(f"{path} must have the text columns of the training data")
+        sets[name] = read_file(path, sets.get("train"))
     if settings.max_train_examples and settings.task != "toy":       # a file may be sorted by label
-        size = min(settings.max_train_examples, len(sets["train"]))
-        sets["train"] = sets["train"].shuffle(seed=settings.seed).select(range(size))
+        data = sets["train"].shuffle(seed=settings.seed)
+        sets["train"] = data.select(range(min(settings.max_train_examples, len(data))))
     return sets
 
 
@@ -768,11 +736,8 @@ def encode(data, tokenizer, model, max_length):
     if 0 < positions < limit:
         limit = positions - 2          # RoBERTa and its kin keep two positions for themselves
     texts = [name for name in data.column_names if name != "label"]
-
-    def tokenize(rows):
-        return dict(tokenizer(*[rows[name] for name in texts], truncation=True, max_length=limit))
-
-    data = data.map(tokenize, batched=True, remove_columns=texts)
+    data = data.map(lambda rows: dict(tokenizer(*map(rows.get, texts), truncation=True,
+                                                max_length=limit)), batched=True)
     known = [*inspect.signature(model.forward).parameters, "label"]
     return data.select_columns([name for name in data.column_names if name in known])
 
@@ -784,10 +749,7 @@ def lengths_of(data):
 
 def fingerprint(data, *more):
     """16 hex digits that change with an encoded Dataset, and with whatever else is given."""
-    hasher = datasets.fingerprint.Hasher()
-    for item in [*(json.dumps(rows).encode() for rows in data.iter(batch_size=1000)), *more]:
-        hasher.update(item)
-    return hasher.hexdigest()
+    return datasets.fingerprint.Hasher.hash([*map(json.dumps, data.iter(1000)), *more])
 
 
 # ---- 7. Scores ---------------------------------------------------------------------------------
@@ -840,20 +802,9 @@ def score(model, sets, tokenizer, settings, teacher_logits={}):
     """The metrics of all sets but "train". Those of MNLI's second set end in _mismatched, and
     those of further files stand under "evaluation"."""
     found = {name: evaluate(model, sets[name], tokenizer, settings.task, settings.precision,
-                            teacher_logits.get(name)) for name in sets if name != "train"}
+                            teacher_logits.get(name)) for name in sets if name not in UNSCORED}
     other = {f"{key}_mismatched": x for key, x in found.pop("validation_mismatched", {}).items()}
     return found.pop("validation") | other | {"evaluation": found}
-
-
-@torch.no_grad()
-def projected_cosine(rail, teacher_pooled):
-    """The mean cosine of different sentences after the teacher's projection, see section 2.
-
-    teacher_pooled: (B, k, d_t). Near 1, the loss has found its trivial solution.
-    """
-    t = F.normalize(rail.project(rail.teacher_proj, teacher_pooled), dim=-1)
-    # || sum of t ||^2 is B, from each vector with itself, plus the cosines of B (B - 1) pairs.
-    return float(((t.sum(dim=0).pow(2).sum(-1) - len(t)) / max(len(t) * (len(t) - 1), 1)).mean())
 
 
 def costs(model, data, tokenizer, precision):
@@ -876,18 +827,17 @@ def warn_of_weak_teacher(logits, labels):
         error = np.mean(logits.argmax(1) != labels)
         floor = 1 - np.bincount(labels).max() / len(labels)
     if error >= floor:
-        log(f"\n!!! The teacher's error is {error:.3g}; without reading the text it is {floor:.3g}."
-            "\n!!! It is weak or broken, or its labels mean something else.\n")
+        print(f"\n!!! The teacher's error is {error:.3g}; without reading the text, {floor:.3g}."
+              "\n!!! It is weak or broken, or its labels mean something else.\n")
 
 
 # ---- 8. Settings -------------------------------------------------------------------------------
 
 
 def option(default, text):
-    """A field of Settings: its default, and the sentence that --help shows."""
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata={"help": text})
-    return dataclasses.field(default=default, metadata={"help": text})
+    """A field of Settings: its default, or a function that makes it, and what --help shows."""
+    kind = "default_factory" if callable(default) else "default"
+    return dataclasses.field(**{kind: default}, metadata={"help": text})
 
 
 @dataclasses.dataclass
@@ -897,7 +847,7 @@ class Settings:
     task: Literal[("toy", *GLUE)] | None = option(None, "The toy (default), or a task of GLUE.")
     train_file: str | None = option(None, "CSV or JSON lines: sentence, maybe sentence2, label.")
     validation_file: str | None = option(None, "Own validation data with the same columns.")
-    eval_file: list[str] = option([], "Further files to score, such as text of another domain.")
+    eval_file: list[str] = option(list, "Further files to score, such as text of another domain.")
     max_train_examples: int | None = option(None, "Draw this many training examples (toy: make).")
     max_length: int = option(128, "Cut longer inputs to this many tokens.")
     teacher: str | None = option(None, "Folder or hub name (default: BERT-base, or the toy's).")
@@ -912,7 +862,7 @@ class Settings:
     projection_size: int = option(128, "Width u of the projections.")
     projection_learning_rate: float | None = option(None, "Of the projections (default: the same).")
     temperature: float = option(2.0, "Softens both output distributions in KD.")
-    weights: list[float] = option([1 / 3] * 3, "Of CE, KD, RAIL (none: rescaled); together 1.")
+    weights: list[float] = option(lambda: [1 / 3] * 3, "Of CE, KD, RAIL (none: rescaled); sum 1.")
     epochs: int | None = option(None, "Epochs of distillation (default: 10, toy 8).")
     batch_size: int = option(32, "Examples in a step, over all processes together.")
     learning_rate: float | None = option(None, "Peak rate of AdamW (default: 5e-5, toy 5e-4).")
@@ -924,21 +874,22 @@ class Settings:
 
     def resolve(self):
         """A copy with all defaults filled in and all values checked. Raises ValueError."""
-        new, files = dataclasses.replace(self), [self.train_file, self.validation_file]
-        new.task = self.task or ("toy" if files == [None, None] else None)
+        own_files = [self.train_file, self.validation_file]
+        toy = self.task == "toy" or (self.task is None and own_files == [None, None])
         # With one draw per epoch and 12 -> 4 layers, 10 epochs let 96 % of the layers teach.
-        defaults = {"teacher": ("bert-base-uncased", None), "epochs": (10, 8),
-                    "teacher_epochs": (3, 5), "learning_rate": (5e-5, 5e-4)}        # text, toy
-        for name, value in dataclasses.asdict(new).items():
-            flag, least = f"--{name.replace('_', '-')}", {"seed": 0, "max_length": 4}.get(name, 1)
-            if value is None and name in defaults:
-                setattr(new, name, defaults[name][new.task == "toy"])
-            if value in ("", [""]):
-                raise ValueError(f"{flag} is empty: give a value, or leave it out")
-            if type(value) is int and not least <= value < 2 ** 63:
-                raise ValueError(f"{flag} {value}: must be at least {least}")
-            if type(value) is float and not 0 < value < math.inf:                   # also NaN
-                raise ValueError(f"{flag} {value}: must be a positive number")
+        defaults = {"teacher": "bert-base-uncased", "epochs": 10, "teacher_epochs": 3,
+                    "learning_rate": 5e-5}
+        if toy:
+            defaults = {"task": "toy", "epochs": 8, "teacher_epochs": 5, "learning_rate": 5e-4}
+        new = dataclasses.replace(self)
+        for name, value in vars(self).items():
+            low = {"seed": -1, "max_length": 3}.get(name, 0)
+            number = type(value) in (int, float)
+            if value in ("", [""]) or (number and not low < value < 2 ** 63):   # NaN fails, too
+                raise ValueError(f"--{name.replace('_', '-')} {value!r}: must be finite and more "
+                                 f"than {low}, or a text that is not empty")
+            if value is None:
+                setattr(new, name, defaults.get(name))
         share = combined_loss(1.0, 1.0, 0.0, new.weights)      # CE and KD; all that `none` has
         if new.mapping == "none" and share > 0:
             new.weights = [new.weights[0] / share, new.weights[1] / share, 0.0]
@@ -947,17 +898,17 @@ class Settings:
         new.device, new.precision = resolve_device(new.device, new.precision)
         name = f"{new.task or Path(new.train_file or '').stem}-{new.mapping}-seed{new.seed}"
         new.output_dir = new.output_dir or f"runs/{name}-{time.time():.0f}-{os.getpid()}"
-        out = Path(new.output_dir)
-        pair, limit = (new.mapping, new.variant), new.max_train_examples or 0
-        in_use = out.exists() and (out.is_file() or any(out.iterdir()))
         conflicts = {
-            "--task and own files exclude each other": new.task and files != [None, None],
-            "--train-file and --validation-file belong together": files.count(None) == 1,
+            "--task and own files exclude each other": new.task and own_files != [None, None],
+            "--train-file and --validation-file belong together": own_files.count(None) == 1,
             "--student and --student-layers exclude each other": new.student and new.student_layers,
-            "--mapping attention needs --variant layerwise": pair == ("attention", "concat"),
+            "--mapping attention needs --variant layerwise":
+                (new.mapping, new.variant) == ("attention", "concat"),
             "--mapping none leaves nothing to learn from": new.mapping == "none" and share == 0,
-            "--max-train-examples: the toy makes 100000": new.task == "toy" and limit > 100_000,
-            f"--output-dir {out} is in use: name a new folder": in_use and not new.resume}
+            "--max-train-examples: the toy makes at most 100000":
+                toy and (new.max_train_examples or 0) > 100_000,
+            f"--output-dir {new.output_dir} is in use: name a new folder":
+                not new.resume and any(Path(new.output_dir).glob("*"))}
         for text in conflicts:
             if conflicts[text]:
                 raise ValueError(text)
@@ -966,14 +917,12 @@ class Settings:
 
 def resolve_device(device, precision):
     """("auto", "auto") -> for example ("cuda", "bf16"). Raises ValueError for what is not there."""
-    mps = torch.backends.mps.is_available()
-    found = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    if device == "auto":
-        device = next(name for name in found if found[name])
-    offered = {"cuda": ["bf16", "fp16", "fp32"], "mps": ["fp32"], "cpu": ["fp32", "bf16"]}[device]
-    if found[device] and device == "cuda" and torch.cuda.get_device_capability()[0] < 8:
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = best.type if device == "auto" else device
+    offered = {"cuda": ["bf16", "fp16", "fp32"], "cpu": ["fp32", "bf16"]}.get(device, ["fp32"])
+    if device == best.type == "cuda" and torch.cuda.get_device_capability()[0] < 8:
         offered = ["fp16", "fp32", "bf16"]         # a T4 only emulates bf16, slowly
-    if not found[device] or precision not in ["auto", *offered]:
+    if device not in (best.type, "cpu") or precision not in ["auto", *offered]:
         raise ValueError(f"--device {device} --precision {precision} is not available here")
     return device, offered[0] if precision == "auto" else precision
 
@@ -992,28 +941,24 @@ def run(settings):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    settings = (resumed(settings) if settings.resume else settings).resolve()
+    before = {"teacher": {}}
+    if settings.resume:
+        settings, before = resumed(settings)
+    settings = settings.resolve()
     settings.output_dir = from_rank_0(settings.output_dir)
-    out, first = Path(settings.output_dir), processes()[0] == 0
+    out = Path(settings.output_dir)
     if (out / "student").is_dir():
-        log(f"{out} is finished already.")
-        return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+        print(f"{out} is finished already.")
+        return before
 
     # 1. Data and models. What is wrong with them shows here, before anything is slow or written.
     sets = load_task(settings)
     feature = sets["train"].features["label"]
-    made_here, given = out / "teacher", Path(settings.teacher or out)
-    source = str(made_here) if made_here.is_dir() else settings.teacher
-    if source is None:
-        (teacher, tokenizer), trained = toy_teacher(settings.seed), False
-        use_labels(teacher, feature)
-    else:
-        torch.manual_seed(settings.seed)                       # for a new classifier
-        teacher, tokenizer, trained = load_classifier(source, feature, "teacher")
+    source = str(out / "teacher") if (out / "teacher").is_dir() else settings.teacher
+    teacher, tokenizer, trained = load_classifier(source, feature, settings.seed, "teacher")
     n = teacher.config.num_hidden_layers
     if settings.student:
-        torch.manual_seed(settings.seed)
-        student, words, _ = load_classifier(settings.student, feature, "student")
+        student, words, _ = load_classifier(settings.student, feature, settings.seed, "student")
     else:
         settings.student_layers = settings.student_layers or min(n, max(n // 3, 2))
         student, words = build_student(teacher, settings.student_layers), tokenizer
@@ -1033,95 +978,86 @@ def run(settings):
         "settings": dataclasses.asdict(settings) | {"resume": None},
         "versions": {lib.__name__: lib.__version__ for lib in (torch, transformers, datasets, np)},
         "device": f"{settings.device}, {torch.get_num_threads()} threads x {processes()[1]}",
-        "teacher": {}, "student": {}, "epochs": []}
-    if settings.resume:
-        text = (out / "metrics.json").read_text(encoding="utf-8")
-        results["teacher"] = json.loads(text)["teacher"]       # the history of its fine-tuning
-    elif first:
+        "teacher": before["teacher"], "student": {}, "epochs": [], "evaluation": {}}
+    if not settings.resume and processes()[0] == 0:
         with refuse(f"--output-dir {out} is in use, or can't be written to"):
             out.mkdir(parents=True, exist_ok=True)
-            open(out / "metrics.json", "x").close()
-    save_json(out / "metrics.json", results)
-    kind = f"classes {', '.join(feature.names)}" if hasattr(feature, "names") else "a regression"
-    log(f"data      {len(sets['train']):,} training examples, {kind}\n"
-        f"teacher   {n} layers, {teacher.num_parameters():,} parameters\n"
-        f"student   {m} layers, {student.num_parameters():,} parameters\n"
-        f"training  {settings.epochs} epochs, mapping {settings.mapping}, {settings.precision} on "
-        f"{settings.device}\nresults   {out}")
-    metric = "pearson"
-    if hasattr(feature, "names"):
-        metric = METRICS.get(settings.task, ["accuracy"])[0]
+            with open(out / "metrics.json", "x", encoding="utf-8") as file:
+                json.dump(results, file)
+        kind = f"classes {', '.join(feature.names)}" if hasattr(feature, "names") else "regression"
+        print(f"data      {len(sets['train']):,} training examples, {kind}\n"
+              f"teacher   {n} layers, {teacher.num_parameters():,} parameters\n"
+              f"student   {m} layers, {student.num_parameters():,} parameters\n"
+              f"training  {settings.epochs} epochs, mapping {settings.mapping}, in "
+              f"{settings.precision} on {settings.device}\nresults   {out}")
 
-    def log_epoch(history):
-        last = history[-1]
+    def report(part, history, scores):
+        """After each epoch: adds its scores, prints a line, and updates metrics.json."""
+        part["epochs"], last, metric = history, history[-1], next(iter(scores))
+        last |= scores
         pairs = " ".join(f"{i}←{j}" for i, j in enumerate(last["layers"] or [], 1))
         losses = "  ".join(f"{x} {last[x]:.4f}" for x in ("ce", "kd", "rail") if last[x])
-        log(f"  epoch {last['epoch']:2}  {pairs}  {losses}  {metric} {last[metric]:.4f}  "
-            f"{last['examples_per_second']:,.0f} examples/s")
+        print(f"  epoch {last['epoch']:2}  {pairs}  {losses}  {metric} {last[metric]:.4f}  "
+              f"{last['examples_per_second']:,.0f} examples/s")
+        save_json(out / "metrics.json", results)
 
     # 3. The teacher. One without a trained classifier is fine-tuned first, by the same loop.
     if not trained:
-        log("The teacher has no trained classifier yet, so it is fine-tuned first:")
-        data = teacher_sets["train"]
-        if settings.task == "toy":
-            data = load_task(settings, for_teacher=True)["train"]
-            data = encode(data, tokenizer, teacher, settings.max_length)
+        print("The teacher has no trained classifier yet, so it is fine-tuned first:")
+        data = teacher_sets.get("teacher_train", teacher_sets["train"])
         plan = dataclasses.replace(settings, mapping="finetune", weights=[1.0, 0.0, 0.0],
                                    epochs=settings.teacher_epochs)
-        results["teacher"]["epochs"] = train(
-            Distiller(teacher, None, plan), data, tokenizer, plan, out / "teacher.pt",
-            lambda layers: score(teacher, teacher_sets, tokenizer, plan), log_epoch)
-        save_json(out / "metrics.json", results)
-        save_model(made_here, teacher, tokenizer)
-        teacher, tokenizer, _ = load_classifier(str(made_here), feature, "teacher")
-        teacher.to(settings.device)                # as each further run will find it
-        log(f"It can be used again with --teacher {shlex.quote(str(made_here))}")
-        if not settings.student:                   # cut again, now that it has learned
-            student = build_student(teacher, m)
+        train(Distiller(teacher, None, plan), data, tokenizer, plan, out / "teacher.pt",
+              lambda history, _: report(results["teacher"], history,
+                                        score(teacher, teacher_sets, tokenizer, plan)))
+        save_model(out / "teacher", teacher, tokenizer)
+        print(f"It can be used again with --teacher {shlex.quote(str(out / 'teacher'))}")
+        # From here on as with any teacher that is already there.
+        return run(Settings(resume=str(out), device=settings.device, precision=settings.precision))
     teacher.requires_grad_(False)
+    teacher_logits = {name: predict(teacher, data, tokenizer, settings.precision)
+                      for name, data in teacher_sets.items() if name not in UNSCORED}
     results["teacher"] |= score(teacher, teacher_sets, tokenizer, settings)
     results["teacher"] |= costs(teacher, teacher_sets["train"], tokenizer, settings.precision)
-    teacher_logits = {name: predict(teacher, data, tokenizer, settings.precision)
-                      for name, data in teacher_sets.items() if name != "train"}
     warn_of_weak_teacher(teacher_logits["validation"], teacher_sets["validation"]["label"])
 
     # 4. The loop that brings teacher, student and projections together.
-    outputs = {}
+    table = None
     if settings.mapping != "finetune":
-        place = next(x for x in (made_here, given, out) if x.is_dir() and os.access(x, os.W_OK))
+        place = next(x for x in (Path(source), out) if x.is_dir() and os.access(x, os.W_OK))
         table = teacher_table(teacher, teacher_sets["train"], tokenizer, settings, place)
-        outputs = {"teacher_outputs": table, "num_teacher_layers": n}
 
-    def student_scores(layers=None):
-        found = score(student, student_sets, words, settings, teacher_logits)
-        if rail is not None and layers is not None:
+    def after_epoch(history, layers):
+        scores = score(student, student_sets, words, settings, teacher_logits)
+        if rail is not None:
             _, pooled = table(range(min(256, len(sets["train"]))), layers)
-            found["projected_cosine"] = projected_cosine(rail, pooled)
-        return found
+            with torch.no_grad():                  # near 1: the trivial solution of section 2
+                t = F.normalize(rail.project(rail.teacher_proj, pooled), dim=-1)
+            # || sum of t ||^2 is B, from each with itself, plus the cosines of B (B - 1) pairs.
+            cosine = (t.sum(dim=0).pow(2).sum(dim=-1) - len(t)) / max(len(t) * (len(t) - 1), 1)
+            scores["projected_cosine"] = cosine.mean().item()
+        report(results, history, scores)
 
-    def report(history):
-        log_epoch(history)
-        save_json(out / "metrics.json", results | {"epochs": history})
-
-    log("The student learns:")
+    print("The student learns:")
     distiller = Distiller(student, rail, settings).to(settings.device)
     results["epochs"] = train(distiller, student_sets["train"], words, settings,
-                              out / "student.pt", student_scores, report, **outputs)
-    results["student"] |= student_scores()
+                              out / "student.pt", after_epoch, table, n)
+    results["student"] |= score(student, student_sets, words, settings, teacher_logits)
     results["student"] |= costs(student, student_sets["train"], words, settings.precision)
     results["evaluation"] = {
         path: {role: results[role]["evaluation"][path] for role in ("teacher", "student")}
         for path in settings.eval_file}
     save_json(out / "metrics.json", results)
     save_model(out / "student", student, words)                # last: the mark of a finished run
-    log(f"\n         layers  parameters  megabytes  ms per sentence  {metric}")
+    metric = next(iter(results["student"]))
+    print(f"\n         layers  parameters  megabytes  ms per sentence  {metric}")
     for role in ("teacher", "student"):
         row = results[role]
-        log(f"{role}  {row['layers']:6}  {row['parameters']:10,}  {row['bytes'] / 1e6:9.1f}  "
-            f"{row['milliseconds_per_sentence']:15.2f}  {row[metric]:.4f}")
-    log(f"\nThe student is saved in {out / 'student'}, all numbers in {out / 'metrics.json'}.")
-    for file in out.glob("*.pt") if first else ():
-        file.unlink()
+        print(f"{role}  {row['layers']:6}  {row['parameters']:10,}  {row['bytes'] / 1e6:9.1f}  "
+              f"{row['milliseconds_per_sentence']:15.2f}  {row[metric]:.4f}")
+    print(f"\nThe student is saved in {out / 'student'}, all numbers in {out / 'metrics.json'}.")
+    for state in out.glob("*.pt"):
+        state.unlink(missing_ok=True)
     return results
 
 
@@ -1152,35 +1088,14 @@ def from_rank_0(value=None):
     return values[0]
 
 
-def log(text):
-    """Prints, in the first process."""
-    if processes()[0] == 0:
-        print(text, flush=True)
-
-
-def progress(iterable, text):
-    """A progress bar that disappears when it is done; none where stderr is not a terminal."""
-    return tqdm(iterable, text, leave=False, disable=processes()[0] > 0 or None)
-
-
-def save(path, write, everywhere=False):
-    """Calls write(part); the file or folder that it makes appears at `path` whole, or not at all.
-
-    The first process writes, or all of them do (`everywhere`). Raises OSError, and then what was
-    at `path` is unchanged.
-    """
-    part, first = path.with_name(f"{path.name}.part"), processes()[0] == 0
-    try:
-        if first or everywhere:
+def save(path, write):
+    """Calls write(part), in the first process; the file or folder that it makes appears at `path`
+    whole, or not at all. Raises OSError, and then what was at `path` is unchanged."""
+    part = path.with_name(f"{path.name}.part")
+    with refuse(f"{path} could not be written, and is unchanged", OSError):
+        if processes()[0] == 0:
             write(part)
-        from_rank_0()
-        if first:
             os.replace(part, path)
-    except FloatingPointError:                     # from a model, not from the disk
-        raise
-    except Exception as error:
-        if not path.is_dir():                      # a folder that another run finished is as good
-            raise OSError(f"{path} could not be written ({error}); no change there") from error
     from_rank_0()
 
 
@@ -1199,13 +1114,13 @@ def load_state(file, parts, data):
     """Puts the state in `file`, if it is there, into the parts; returns the history."""
     if not file.exists():
         return []
-    with refuse(f"{file} can't be read: delete it to train from the start"):
+    with refuse(f"{file} is no state of this run: delete it to train from the start"):
         state = torch.load(file, map_location="cpu", weights_only=True)       # never runs code
-    if state["data"] != fingerprint(data):
-        raise ValueError(f"{file}: the training data are not those that this run began with")
-    for name, part in parts.items():
-        if state[name]:                            # the scaler's is empty, except in fp16
-            part.load_state_dict(state[name])
+        if state["data"] != fingerprint(data):
+            raise ValueError("the training data are not those that it began with")
+        for name, part in parts.items():
+            if state[name]:                        # the scaler's is empty, except in fp16
+                part.load_state_dict(state[name])
     return state["history"]
 
 
@@ -1217,34 +1132,32 @@ def save_state(file, parts, data, history):
 
 
 def resumed(settings):
-    """The settings of the run in `settings.resume`. Raises ValueError for others beside it."""
-    given = {name: value for name, value in dataclasses.asdict(settings).items()
+    """(settings, metrics.json) of the run in `settings.resume`. Raises ValueError for other flags
+    beside it, except for device and precision."""
+    given = {name: value for name, value in vars(settings).items()
              if value != getattr(Settings(), name)}
     if given.keys() - {"resume", "device", "precision"}:
         raise ValueError("--resume takes no other flags than --device and --precision")
     with refuse(f"--resume {settings.resume}: no run can be resumed there"):
         text = (Path(settings.resume) / "metrics.json").read_text(encoding="utf-8")
-        saved = json.loads(text)["settings"] | {"output_dir": settings.resume}
-        if "device" in given:
-            saved["precision"] = "auto"
-        return Settings(**saved | given)
+        saved = json.loads(text)
+        other = {"precision": "auto"} if "device" in given else {}
+        own = saved["settings"] | {"output_dir": settings.resume} | other | given
+        return Settings(**own), saved
 
 
 def main(argv=None):
     """The command line. Returns 0, 2 for what a user can mend (one line on stderr), or 130."""
-    def fail(message):
-        raise ValueError(f"{message}; --help lists all settings")
-
     parser = transformers.HfArgumentParser(
-        Settings, description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = fail
+        Settings, description=__doc__.splitlines()[0], allow_abbrev=False, exit_on_error=False)
     try:
         settings, = parser.parse_args_into_dataclasses(argv)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:           # started by torchrun
-            device, _ = resolve_device(settings.device, "auto")
-            if device == "cuda":
+        if "LOCAL_RANK" in os.environ:                         # started by torchrun
+            if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+            torch.distributed.init_process_group()
+            if processes()[0] > 0:
+                sys.stdout = open(os.devnull, "w")
         settings = settings if settings.resume else settings.resolve()
         run(settings)
         return 0
@@ -1253,11 +1166,13 @@ def main(argv=None):
         hint = f"; go on with: python rail_kd.py --resume {shlex.quote(folder)}"
         print("stopped" + hint * Path(folder).exists(), file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (argparse.ArgumentError, ValueError, OSError, FloatingPointError,
+            torch.OutOfMemoryError) as error:
         print(f"rail_kd.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")       # for terminals without an arrow for 1←3
+    # Some terminals have no arrow for 1←3, and a log file should grow line by line.
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     sys.exit(main())
