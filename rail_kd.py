@@ -5,8 +5,8 @@ A small Transformer, the *student*, learns to imitate a large and frozen one, th
     L  =  l1 * CE  +  l2 * KD  +  l3 * RAIL
 
 CE compares the student's output with the labels, KD with the teacher's output, and RAIL compares
-intermediate layers. Which teacher layer teaches which student layer? RAIL-KD draws the teacher
-layers at random, afresh in each epoch, and sorts them, so that deeper learns from deeper:
+intermediate layers. RAIL-KD draws the teacher layers that teach at random, afresh in each epoch,
+and sorts them, so that deeper learns from deeper:
 
     teacher layer    1    2    3    4    5    6    7    8    9   10   11   12
                           |                        |         |              :
@@ -25,15 +25,14 @@ by a trained linear layer, and scaled to length 1. RAIL is their mean squared di
 The toy ends with these lines (1←3: student layer 1 learned from teacher layer 3 in that epoch):
 
       epoch  8  1←3 2←8 3←11  ce 0.7655  kd 0.1946  rail 0.0591  accuracy 1.0000  1,283 examples/s
-
              layers  parameters  megabytes  ms per sentence  accuracy
     teacher      12     413,122        1.7             6.57  1.0000
     student       4     145,346        0.6             2.87  1.0000
 
 Source: Haidar, Anchuri, Rezagholizadeh, Ghaddar, Langlais, Poupart, "RAIL-KD: RAndom Intermediate
-Layer Mapping for Knowledge Distillation", Findings of NAACL 2022, arXiv 2109.10164. This file is
-unofficial, and was written without the paper's full text: from its abstract, its first table and
-two public re-implementations (aitsc/GLMKD and TKC002/CILDA-plus-minILD). Who decided what:
+Layer Mapping for Knowledge Distillation", Findings of NAACL 2022, arXiv 2109.10164. Unofficial, and
+written without the paper's full text: from its abstract, its first table and two public
+re-implementations (aitsc/GLMKD and TKC002/CILDA-plus-minILD). Who decided what:
 
     draw once per epoch, sorted; weighted sum of the losses, equation (4)     the paper
     weights 1/3 each; u = 128; mean over tokens, projection, unit length      both implementations
@@ -49,13 +48,13 @@ two public re-implementations (aitsc/GLMKD and TKC002/CILDA-plus-minILD). Who de
 
 Letters: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for a
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
-width of the projections, T the temperature. The method is in sections 1 to 3, the draw, the losses,
-one step and the loop, and a reader can stop there. The rest serves it: 4 the teacher's outputs,
-5 models, 6 data, 7 scores, 8 settings, 9 the whole job, 10 files and command line. A course blanks
-what stands between the SOLUTION markers, see the README.
+width of the projections, T the temperature. The method is in sections 1 to 3 (draw, losses, loop);
+a reader can stop there. The rest serves it: 4 the teacher's outputs, 5 models, 6 data, 7 scores,
+8 settings, 9 the whole job, 10 files and command line. A course blanks what stands between the
+SOLUTION markers, see the README.
 """
-import argparse, contextlib, copy, csv, dataclasses, inspect, json
-import os, re, shlex, shutil, sys, time
+import argparse, contextlib, copy, csv, dataclasses, inspect, json, math
+import os, re, shlex, shutil, sys, time, timeit
 from pathlib import Path
 from typing import Literal
 
@@ -73,30 +72,24 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 #
 #   The mean is evenly spaced. The i-th smallest of k uniform draws from 1..n-1 has mean
 #   i*n/(k+1) = i*n/m: for 12 -> 4 the layers 3, 6, 9, the map that PKD calls "skip". Only the
-#   means agree: student layer 1's most likely partner is 1, and 3, 6, 9 is one of 165 equally
-#   likely draws.
+#   means agree: layer 1's most likely partner is 1, and 3, 6, 9 is one of 165 equal draws.
 #
 #   All layers teach, though each step costs only k pairs. A layer is left out of one epoch with
-#   probability 1 - k/(n-1), of E epochs with that to the power E: for 12 -> 4, 72.7 % after one
-#   epoch, 20.3 % after 5, 4.1 % after 10.
+#   probability 1 - k/(n-1): for 12 -> 4, 72.7 %; of 5 epochs with 20.3 %, of 10 with 4.1 %.
 
 
 def sample_layer_map(num_teacher_layers, num_student_layers, rng):
     """RAIL-KD's draw: the teacher layers that teach the student layers 1, 2, ..., m-1.
 
     k = m-1 distinct layers are drawn uniformly, without replacement, from the intermediate layers
-    1..n-1 of the teacher, and sorted ascending. Layers count from 1, like the positions of
-    `hidden_states`; position 0 holds the embeddings.
+    1..n-1 of the teacher, and sorted ascending. Layers count from 1, like `hidden_states`, whose
+    position 0 holds the embeddings.
 
-    Args:
-        num_teacher_layers, num_student_layers: n and m.
-        rng: np.random.Generator, the only source of randomness.
-    Returns:
-        Ascending int array (k,).
-    Raises:
-        ValueError: m < 2 (no intermediate layer to teach) or m > n. Here and in the functions
-            below, the message is a sentence that says what is wrong.
-    """
+    Args: num_teacher_layers, num_student_layers: n and m; rng: an np.random.Generator, the only
+        source of randomness.
+    Returns: ascending int array (k,).
+    Raises: ValueError for m < 2 (no intermediate layer to teach) or m > n. Here and below, the
+        message is a sentence that says what is wrong."""
     ### BEGIN SOLUTION
     if not 2 <= num_student_layers <= num_teacher_layers:
         raise ValueError(f"{num_student_layers} student layers and {num_teacher_layers} teacher "
@@ -106,23 +99,18 @@ def sample_layer_map(num_teacher_layers, num_student_layers, rng):
     ### END SOLUTION
 
 
-def choose_layers(settings, num_teacher_layers, num_student_layers, epoch, step=0):
+def choose_layers(settings, n, m, epoch, step=0):
     """The teacher layers of an epoch, as `settings.mapping` says: int array (k,), or None.
-
-    Only the map changes between mappings. `skip` and `last` are the maps of PKD (Sun et al. 2019),
-    `attention` that of ALP-KD (Passban et al. 2021), all n-1 candidates for each student layer;
-    pooling, projection and loss stay. They are not the full recipes of those papers.
-    """
-    n, m = num_teacher_layers, num_student_layers
+    Only the map changes: `skip` and `last` are those of PKD (Sun et al. 2019), `attention`, all n-1
+    candidates for each student layer, that of ALP-KD (Passban et al. 2021). Pooling, projection and
+    loss stay, so they are not the full recipes of those papers."""
     if settings.mapping == "random":
         # Not one generator for the whole run: a resumed run would go on with other layers.
         key = [settings.seed, epoch, step if settings.resample == "step" else 0]
         return sample_layer_map(n, m, np.random.default_rng(key))
-    if settings.mapping == "skip":
-        return np.array([round(i * n / m) for i in range(1, m)])   # round() takes halves to even
-    if settings.mapping == "last":
-        return np.arange(n - m + 1, n)
-    return np.arange(1, n) if settings.mapping == "attention" else None
+    i = np.arange(1, m)                                        # np.rint takes halves to even
+    maps = {"skip": np.rint(i * n / m).astype(int), "last": n - m + i, "attention": np.arange(1, n)}
+    return maps.get(settings.mapping)
 
 
 # ---- 2. The losses -----------------------------------------------------------------------------
@@ -134,11 +122,10 @@ def choose_layers(settings, num_teacher_layers, num_student_layers, epoch, step=
 # Between unit vectors || s - t ||^2 = 2 - 2 cos(s, t): 0 for equal directions, 4 for opposite ones.
 #
 # The trivial solution. Both projections are trained, so the loss also falls when both send every
-# sentence in one direction. It is then near 0 but teaches nothing. A low loss does not show this;
-# the mean cosine of *different* sentences after the teacher's projection does. If that is c, one
-# vector for all sentences already brings the loss down to about 2 - 2 sqrt(c).
-# Centring rules this out: the batch mean is subtracted from each side before it gets unit length.
-# What all sentences share is gone, and one vector for all of them no longer lowers the loss.
+# sentence in one direction: it is near 0 but teaches nothing. A low loss does not show this; the
+# mean cosine c of *different* sentences after the teacher's projection does. One vector for all
+# sentences then brings the loss down to about 2 - 2 sqrt(c). Centring rules this out: the batch
+# mean, what all sentences share, is subtracted from each side before it gets unit length.
 
 
 def mean_pool(hidden_states, attention_mask):
@@ -147,22 +134,17 @@ def mean_pool(hidden_states, attention_mask):
     Padding is ignored, whatever its values, even NaN. Otherwise the loss of a sentence would
     depend on how long its neighbours in the batch are.
 
-    Args:
-        hidden_states: (B, S, d), any float type.
-        attention_mask: (B, S), any type: 1 for a real token, 0 for padding.
-    Returns:
-        (B, d) in float32, summed in float32 too; zeros for a row without real tokens.
-    Raises:
-        ValueError: shapes other than (B, S, d) and (B, S).
-    """
+    Args: hidden_states (B, S, d), any float type; attention_mask (B, S), any type: 1 for a real
+        token, 0 for padding.
+    Returns: (B, d) in float32, summed in float32 too; zeros for a row without real tokens.
+    Raises: ValueError for shapes other than (B, S, d) and (B, S)."""
     ### BEGIN SOLUTION
     if hidden_states.dim() != 3 or hidden_states.shape[:2] != attention_mask.shape:
         raise ValueError(f"hidden states {tuple(hidden_states.shape)} and attention mask "
                          f"{tuple(attention_mask.shape)} must be (B, S, d) and (B, S)")
     mask = attention_mask.bool().unsqueeze(-1)                                  # (B, S, 1)
-    # Not multiplied by the mask: 0 * NaN is NaN.
-    total = hidden_states.float().masked_fill(~mask, 0.0).sum(dim=1)            # (B, d)
-    return total / mask.sum(dim=1).clamp(min=1)                                 # (B, d) / (B, 1)
+    # Not multiplied by the mask: 0 * NaN is NaN. Below, (B, d) is divided by (B, 1).
+    return hidden_states.float().masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
     ### END SOLUTION
 
 
@@ -173,12 +155,9 @@ class RailLoss(nn.Module):
     of a side first, "attention" is layer-wise with all teacher candidates for each student layer.
     The projections are trained with the student and thrown away afterwards.
 
-    Args:
-        teacher_dim, student_dim, num_pairs, projection_size: d_t, d_s, k and u.
-        centre: subtract the batch mean from both sides; a batch of one then has loss 0.
-    Raises:
-        ValueError: an unknown variant, or a size below 1.
-    """
+    Args: teacher_dim, student_dim, num_pairs, projection_size: d_t, d_s, k, u; centre: subtract
+        the batch mean from both sides, so that a batch of one has loss 0.
+    Raises: ValueError for an unknown variant, or a size below 1."""
 
     def __init__(self, teacher_dim, student_dim, num_pairs, variant="layerwise",
                  projection_size=128, centre=False):
@@ -196,9 +175,7 @@ class RailLoss(nn.Module):
     def project(self, linear, pooled):
         """One side before it gets unit length: (B, k, d) -> (B, k, u), or (B, u) for concat."""
         vectors = linear(pooled.flatten(1) if self.variant == "concat" else pooled)
-        if self.centre:
-            vectors = vectors - vectors.mean(dim=0)
-        return vectors
+        return vectors - vectors.mean(dim=0) if self.centre else vectors
 
     def forward(self, student_pooled, teacher_pooled):
         """Mean squared distance of the projected unit vectors, over pairs and batch: in [0, 4].
@@ -209,25 +186,21 @@ class RailLoss(nn.Module):
         candidates, weighted by the softmax of their dot products with the projected student vector
         i, before the norm is taken. Returns a scalar; no gradient flows into `teacher_pooled`.
 
-        Args:
-            student_pooled: (B, k, d_s).
-            teacher_pooled: (B, k, d_t), the mapped layers; with attention (B, n-1, d_t), all.
-        Raises:
-            ValueError: a side without exactly k rows (with attention: the student's side), or
-                batches of different size.
-        """
+        Args: student_pooled (B, k, d_s); teacher_pooled (B, k, d_t), the mapped layers, or with
+            attention (B, n-1, d_t), all.
+        Raises: ValueError for a side without exactly k rows (with attention: the student's side),
+            or batches of different size."""
         ### BEGIN SOLUTION
         k = self.num_pairs if self.variant == "attention" else teacher_pooled.shape[1]
         if k != self.num_pairs or student_pooled.shape[:2] != (len(teacher_pooled), k):
-            raise ValueError(f"student {tuple(student_pooled.shape)} and teacher "
-                             f"{tuple(teacher_pooled.shape)} do not make {self.num_pairs} pairs "
-                             "of layers for each sentence")
+            raise ValueError(f"student {student_pooled.shape} and teacher {teacher_pooled.shape} "
+                             f"do not make {self.num_pairs} pairs of layers for each sentence")
         s = self.project(self.student_proj, student_pooled)                     # (B, k, u)
         t = self.project(self.teacher_proj, teacher_pooled.detach())            # (B, k, u)
         if self.variant == "attention":                                         # t: (B, n-1, u)
             t = torch.softmax(s @ t.transpose(1, 2), dim=-1) @ t                # (B, k, u)
-        s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)                   # length 1
-        return (s - t).pow(2).sum(dim=-1).mean()
+        # F.normalize scales to length 1, and leaves a vector of zeros as it is.
+        return (F.normalize(s, dim=-1) - F.normalize(t, dim=-1)).pow(2).sum(dim=-1).mean()
         ### END SOLUTION
 
 
@@ -238,12 +211,9 @@ def kd_loss(student_logits, teacher_logits, temperature):
     softened KL shrinks as 1/T^2; the factor T^2 keeps the weight of the term the same. For a
     regression, (B, 1): the mean squared error. No gradient flows into `teacher_logits`.
 
-    Args:
-        student_logits, teacher_logits: (B, C).
-        temperature: T > 0, finite; checked for a regression too, though unused.
-    Raises:
-        ValueError: shapes that differ or are not (B, C), or another temperature.
-    """
+    Args: student_logits, teacher_logits (B, C); temperature T > 0, finite, checked for a
+        regression too, though unused.
+    Raises: ValueError for shapes that differ or are not (B, C), or another temperature."""
     ### BEGIN SOLUTION
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
         raise ValueError(f"student logits {tuple(student_logits.shape)} and teacher logits "
@@ -263,16 +233,13 @@ def kd_loss(student_logits, teacher_logits, temperature):
 def combined_loss(ce, kd, rail, weights):
     """The objective l1 * CE + l2 * KD + l3 * RAIL, a scalar: equation (4) of the paper.
 
-    Args:
-        ce, kd, rail: scalars, tensors (gradients flow back) or plain numbers.
-        weights: (l1, l2, l3), each >= 0, together 1.
-    Raises:
-        ValueError: not three weights, a negative one, NaN, or a sum other than 1 (by over 1e-6).
-    """
+    Args: ce, kd, rail: scalars, tensors (gradients flow back) or plain numbers; weights
+        (l1, l2, l3), each >= 0, together 1.
+    Raises: ValueError for other than three weights, a negative one, NaN, or a sum that is not 1
+        (by over 1e-6)."""
     ### BEGIN SOLUTION
     if len(weights) != 3 or not all(w >= 0 for w in weights) or abs(sum(weights) - 1) > 1e-6:
-        raise ValueError(f"weights {' '.join(map(str, weights))}: must be three numbers >= 0, for "
-                         "CE, KD and RAIL, that sum to 1")
+        raise ValueError(f"weights {weights} must be three numbers >= 0 (CE, KD, RAIL) with sum 1")
     return weights[0] * ce + weights[1] * kd + weights[2] * rail
     ### END SOLUTION
 
@@ -288,32 +255,34 @@ class Distiller(nn.Module):
         self.student, self.rail, self.settings = student, rail, settings
 
     def forward(self, batch, teacher_logits=None, teacher_pooled=None):
-        """CE, KD and RAIL of a batch {input_ids (B, S), ..., labels (B,)}, given the teacher's
-        outputs for it: logits (B, C), pooled layers (B, k, d_t). A loss without them is 0."""
-        layers = range(1, self.student.config.num_hidden_layers) if self.rail is not None else ()
-        logits, pooled = outputs_of(self.student, batch, self.settings.precision, layers)
+        """CE, KD, RAIL and their weighted sum (4,) of a batch {input_ids (B, S), ..., labels (B,)}
+        and the teacher's outputs for it: logits (B, C), pooled layers (B, k, d_t). KD without
+        teacher logits is 0, and so is RAIL without projections."""
+        logits, pooled = outputs_of(self.student, batch, self.settings.precision, bool(self.rail))
         ce = label_loss(logits, batch["labels"])
-        kd = rail = torch.zeros_like(ce)
-        if teacher_logits is not None:
-            kd = kd_loss(logits, teacher_logits, self.settings.temperature)
-        if self.rail is not None:
-            rail = self.rail(pooled, teacher_pooled)                            # (B, k, d) each
-        return ce, kd, rail
+        zero, T = torch.zeros_like(ce), self.settings.temperature
+        kd = zero if teacher_logits is None else kd_loss(logits, teacher_logits, T)
+        rail = self.rail(pooled[:, :-1], teacher_pooled) if self.rail else zero     # not layer m
+        return torch.stack([ce, kd, rail, combined_loss(ce, kd, rail, self.settings.weights)])
 
 
-def train(distiller, data, tokenizer, settings, state_file, after_epoch,
-          teacher_outputs=None, num_teacher_layers=None):
+def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher_outputs=None, n=0):
     """Trains a Distiller in place; returns the history, one dict per epoch.
-
     `teacher_outputs` is (rows, layers) -> logits (B, C), pooled layers (B, k, d_t), see section 4;
     without it the labels alone teach. `after_epoch(history, layers)` adds scores. All randomness
-    is seeded from (seed, epoch), and the state goes to `state_file`: a run that was killed
-    continues after its last full epoch and ends, on a CPU, bit for bit the same. Raises
-    FloatingPointError for a loss that is not finite, ValueError for a state of other data.
-    """
-    (rank, world), m = processes(), distiller.student.config.num_hidden_layers
-    lengths, steps = lengths_of(data), len(range(0, len(data), settings.batch_size))
-    optimizer, schedule, scaler = make_optimizer(distiller, settings, steps * settings.epochs)
+    is seeded from (seed, epoch), and the state goes to `state_file`: a run that was killed goes on
+    after its last full epoch and ends, on a CPU, bit for bit the same. Raises FloatingPointError
+    for a loss that is not finite, ValueError for a state of other data."""
+    (rank, world), student = processes(), distiller.student
+    lengths, steps = lengths_of(data), math.ceil(len(data) / settings.batch_size) * settings.epochs
+    # New projections start from random numbers, so they may have a learning rate of their own.
+    rates = [settings.learning_rate, settings.projection_learning_rate or settings.learning_rate]
+    groups = [{"params": x.parameters(), "lr": r} for x, r in zip(distiller.children(), rates)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    # A tenth of the steps is warm-up, then the rate falls to 0.
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    # In fp16 small gradients would become 0: the loss is multiplied, and the gradients divided.
+    scaler = torch.amp.GradScaler(student.device.type, enabled=settings.precision == "fp16")
     parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     history = load_state(state_file, parts, data)
     model, quiet = distiller, rank > 0 or None     # None: a bar where stderr is a terminal
@@ -321,76 +290,57 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch,
         model = nn.parallel.DistributedDataParallel(distiller, find_unused_parameters=True)
 
     for epoch in range(len(history) + 1, settings.epochs + 1):
-        start = time.perf_counter()
-        layers = choose_layers(settings, num_teacher_layers, m, epoch)          # the draw: (k,)
+        start, sums = time.perf_counter(), torch.zeros(4, device=student.device)
+        layers = choose_layers(settings, n, student.config.num_hidden_layers, epoch)    # the draw
         seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
         torch.manual_seed(seed + rank)                                          # for dropout
-        losses = torch.zeros(4, device=distiller.student.device)   # sums, read after the epoch
         distiller.train()
-        batches = length_batches(lengths, settings.batch_size, seed)
-        for step, rows in enumerate(tqdm(batches, f"epoch {epoch}", leave=False, disable=quiet)):
+        order = length_batches(lengths, settings.batch_size, seed)
+        for step, rows in enumerate(tqdm(order, f"epoch {epoch}", leave=False, disable=quiet)):
             if settings.resample == "step":
-                layers = choose_layers(settings, num_teacher_layers, m, epoch, step)
+                layers = choose_layers(settings, n, student.config.num_hidden_layers, epoch, step)
             # Each process takes its share; without one, a dummy row with weight 0.
             own, factor = rows[rank::world] or rows[:1], len(rows[rank::world]) / len(rows)
-            batch = make_batch(data, tokenizer, own, losses.device)
             targets = () if teacher_outputs is None else teacher_outputs(own, layers)
-            ce, kd, rail = model(batch, *targets)
-            loss = combined_loss(ce, kd, rail, settings.weights)
-            scaler.scale(loss * factor * world).backward()     # DDP takes the mean of gradients
+            losses = model(make_batch(data, tokenizer, own, student.device), *targets)
+            # The last one is minimised. DDP takes the mean of the gradients, hence `world`.
+            scaler.scale(losses[3] * factor * world).backward()
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
             optimizer.zero_grad()
-            losses += torch.stack([ce, kd, rail, loss]).detach() * factor * len(rows) / len(data)
-        ce, kd, rail, total = summed(losses, f"the loss of epoch {epoch}").tolist()
-        seconds = time.perf_counter() - start
+            sums += losses.detach() * factor * len(rows) / len(data)   # read after the epoch
+        sums, seconds = summed(sums, f"epoch {epoch}'s loss").tolist(), time.perf_counter() - start
         one_map = settings.mapping in ("random", "skip", "last") and settings.resample == "epoch"
-        history.append({"epoch": epoch, "layers": layers.tolist() if one_map else None, "ce": ce,
-                        "kd": kd, "rail": rail, "total": total, "seconds": seconds,
-                        "examples_per_second": len(data) / seconds})
+        history.append({"epoch": epoch, "layers": layers.tolist() if one_map else None,
+                        "seconds": seconds, "examples_per_second": len(data) / seconds}
+                       | dict(zip(("ce", "kd", "rail", "total"), sums)))
         after_epoch(history, layers)
-        save_state(state_file, parts, data, history)
+        state = {name: part.state_dict() for name, part in parts.items()} | {"history": history}
+        save(state_file, lambda part: torch.save(state | {"data": fingerprint(data)}, part))
     return history
 
 
 def label_loss(logits, labels):
     """CE of logits (B, C) and class numbers (B,); the squared error for a regression, (B, 1)."""
-    if logits.shape[1] == 1:
-        return F.mse_loss(logits.squeeze(1), labels)
-    return F.cross_entropy(logits, labels)
+    loss = F.mse_loss if logits.shape[1] == 1 else F.cross_entropy
+    return loss(logits.squeeze(1), labels)         # squeeze changes (B, 1) only, to (B,)
 
 
-def outputs_of(model, batch, precision="fp32", layers=()):
-    """Logits (B, C) and pooled outputs of `layers` (B, k, d), or None without any; in float32."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+def outputs_of(model, batch, precision="fp32", pool=False):
+    """Logits (B, C), and with `pool` the pooled layers 1..n (B, n, d), else None; in float32."""
     kind = torch.float16 if precision == "fp16" else torch.bfloat16
     with torch.autocast(model.device.type, kind, enabled=precision != "fp32"):
-        output = model(**inputs, output_hidden_states=len(layers) > 0)
+        # Without the labels, since the losses are ours.
+        out = model(**dict(batch, labels=None), output_hidden_states=pool)
     # hidden_states[0] is the output of the embeddings, hidden_states[j] that of layer j.
-    pooled = [mean_pool(output.hidden_states[j], batch["attention_mask"]) for j in layers]
-    return output.logits.float(), torch.stack(pooled, dim=1) if pooled else None
-
-
-def make_optimizer(distiller, settings, steps):
-    """AdamW, its schedule (a tenth of the steps is warm-up, then down to 0), and fp16's scaler.
-
-    New projections start from random numbers, so they may have a rate of their own. In fp16 small
-    gradients would become 0: the scaler multiplies the loss, and divides the gradients again.
-    """
-    rates = [settings.learning_rate, settings.projection_learning_rate or settings.learning_rate]
-    groups = [{"params": p.parameters(), "lr": r} for p, r in zip(distiller.children(), rates)]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-    schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    kind = distiller.student.device.type
-    return optimizer, schedule, torch.amp.GradScaler(kind, enabled=settings.precision == "fp16")
+    pooled = [mean_pool(x, batch["attention_mask"]) for x in out.hidden_states[1:]] if pool else ()
+    return out.logits.float(), torch.stack(pooled, dim=1) if pool else None
 
 
 def length_batches(lengths, batch_size, seed):
-    """Row numbers in batches of similar length, in random order; each row is in exactly one.
-
-    A batch costs what its longest sentence costs: 25 tokens padded to 128 waste four fifths.
-    """
+    """Row numbers in batches of similar length, in random order; each row is in exactly one. A
+    batch costs what its longest sentence costs: 25 tokens padded to 128 waste four fifths."""
     generator = torch.Generator().manual_seed(seed)
     order = get_length_grouped_indices(lengths, batch_size, generator=generator)
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
@@ -408,11 +358,11 @@ def summed(tensor, what):
 
 
 # ---- 4. The teacher's outputs ------------------------------------------------------------------
-# A frozen teacher gives the same outputs for a sentence in every epoch, and RAIL-KD needs only its
-# logits and one pooled vector per layer. So it runs over the training data once, and the loop looks
-# its outputs up. A step costs about three forward passes of the student (one forward, two for the
-# backward pass); a live teacher, n/m times as deep, would add n/m in every epoch. Since only
-# sentence vectors are compared, the two may differ in width, architecture and even tokenizer.
+# A frozen teacher gives the same outputs in every epoch, and RAIL-KD needs only its logits and one
+# pooled vector per layer. So it runs over the training data once, and the loop looks its outputs
+# up. A step costs about three forward passes of the student (the backward pass counts two); a live
+# teacher, n/m times as deep, would add n/m in every epoch. Since only sentence vectors are
+# compared, the two may differ in width, architecture and even tokenizer.
 
 
 def make_batch(data, tokenizer, rows, device):
@@ -422,21 +372,18 @@ def make_batch(data, tokenizer, rows, device):
 
 @torch.no_grad()
 def predict(model, data, tokenizer, precision="fp32", pooled=None):
-    """The logits of a model for encoded data, in their order: float32 array (N, C).
-
-    If `pooled` (N, n, d) is given, it is filled with the pooled outputs of all layers. Several
-    processes share the work. Raises FloatingPointError for logits that are NaN or infinite.
-    """
+    """The logits of a model for encoded data, in their order: float32 array (N, C). If `pooled`
+    (N, n, d) is given, it is filled with the pooled outputs of all layers. Several processes share
+    the work. Raises FloatingPointError for logits that are NaN or infinite."""
     model.eval()                                   # with dropout, a teacher would be noisy
     rank, world = processes()
-    layers = () if pooled is None else range(1, pooled.shape[1] + 1)
     logits = torch.zeros(len(data), model.config.num_labels, device=model.device)
-    order = np.argsort(lengths_of(data)).tolist()  # from short to long: little padding
-    batches = [order[i:i + 64] for i in range(0, len(order), 64)]
-    for rows in tqdm(batches[rank::world], "forward passes", leave=False, disable=rank > 0 or None):
+    # From short to long: little padding.
+    batches = np.split(np.argsort(lengths_of(data)), range(64, len(data), 64))[rank::world]
+    for rows in tqdm(batches, "forward passes", leave=False, disable=rank > 0 or None):
         batch = make_batch(data, tokenizer, rows, model.device)
-        logits[rows], vectors = outputs_of(model, batch, precision, layers)
-        if layers:
+        logits[rows], vectors = outputs_of(model, batch, precision, pooled is not None)
+        if pooled is not None:
             pooled[rows] = vectors.to(pooled)
     return summed(logits, "a model's logits").cpu().numpy()
 
@@ -446,72 +393,61 @@ def teacher_table(teacher, data, tokenizer, settings, place):
     (rows, layers) -> logits (B, C), pooled layers (B, k, d_t), in float32.
 
     The layers lie in a file that is mapped into memory, in half precision: MNLI and 24 layers of
-    width 1024 make 19 GB. A table that an earlier run left in the folder `place` is used again.
-    Its name is a hash of all it depends on: tokens, weights, configuration and pooling. Raises
-    ValueError where the disk has too little space.
-    """
-    name = fingerprint(data.remove_columns("label"), *teacher.state_dict().values(),
-                       teacher.config.to_json_string(), tokenizer.padding_side,
-                       settings.precision, mean_pool.__code__)
+    width 1024 make 19 GB. A table left in the folder `place` by an earlier run is used again. Its
+    name is a hash of all it depends on: tokens, weights, configuration, pooling. Raises ValueError
+    where the disk has too little space."""
+    name = fingerprint(data.remove_columns("label"), str(teacher.config), tokenizer.padding_side,
+                       settings.precision, mean_pool.__code__, *teacher.state_dict().values())
     shape = len(data), teacher.config.num_hidden_layers, teacher.config.hidden_size
     folder, size = place / f"table-{name}", int(np.prod(shape))
     done = from_rank_0((folder / "logits.pt").exists())        # it is written last
     if not done and 2 * size > shutil.disk_usage(place).free:
         raise ValueError(f"{place} has no space for the teacher's outputs, {2e-9 * size:.1f} GB")
     folder.mkdir(exist_ok=True)
-    pooled = torch.from_file(str(folder / "pooled.bin"), True, size, dtype=torch.float16)
-    pooled = pooled.view(shape)                                                 # (N, n, d_t)
+    pooled = torch.from_file(str(folder / "pooled.bin"), True, size, dtype=torch.half).view(shape)
     if not done:
         print(f"The teacher runs once; {2e-6 * size:,.1f} MB of outputs go to {folder}")
-        found = predict(teacher, data, tokenizer, settings.precision, pooled)
-        save(folder / "logits.pt", lambda part: torch.save(torch.from_numpy(found), part))
+        found = torch.from_numpy(predict(teacher, data, tokenizer, settings.precision, pooled))
+        save(folder / "logits.pt", lambda part: torch.save(found, part))
     logits = torch.load(folder / "logits.pt", weights_only=True)
 
-    def teacher_outputs(rows, layers):
-        if layers is None:                         # a mapping without RAIL
-            return logits[rows].to(teacher.device), None
+    def teacher_outputs(rows, layers):             # layers is None for a mapping without RAIL
         # One joint index: pooled[rows][:, layers - 1] would read all layers of a row first.
-        found = pooled[torch.as_tensor(rows)[:, None], torch.as_tensor(layers) - 1]
+        found = pooled[np.ix_(rows, [] if layers is None else np.subtract(layers, 1))]
         return logits[rows].to(teacher.device), found.to(teacher.device).float()
     return teacher_outputs
 
 
 # ---- 5. Teacher and student --------------------------------------------------------------------
-# Any encoder with a classifier that transformers knows can teach. The student is cut from it, or
-# it is another model. Cut to 4 of its 12 layers, BERT-base goes from 109 million parameters to 53
-# million, of which 24 million are the embeddings.
+# Any encoder with a classifier that transformers knows can teach. The student is cut from it, or is
+# another model. Cut from 12 to 4 layers, BERT-base goes from 109 to 53 million parameters, of which
+# 24 million are the embeddings.
 
 
 def toy_teacher(seed, num_layers=12):
     """(model, tokenizer): an untrained BERT of width 64, with the toy's words as its vocabulary.
-
     Deep Transformers that learn from scratch easily stay at chance. What helps here: no dropout,
-    warm-up, and weights that start larger than BERT's 0.02, which was made for a width of 768.
-    """
+    warm-up, and weights that start larger than BERT's 0.02, which was made for a width of 768."""
     words = " ".join(TOPICS + NEGATIVE + POSITIVE + DEGREES + NEGATIONS + LINKS).split()
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] , .".split() + sorted(words)
+    ids = {x: i for i, x in enumerate("[PAD] [UNK] [CLS] [SEP] [MASK] , .".split() + sorted(words))}
     torch.manual_seed(seed)
     model = transformers.BertForSequenceClassification(transformers.BertConfig(
-        vocab_size=len(words), hidden_size=64, num_hidden_layers=num_layers, num_attention_heads=4,
+        vocab_size=len(ids), hidden_size=64, num_hidden_layers=num_layers, num_attention_heads=4,
         intermediate_size=128, max_position_embeddings=64, initializer_range=0.05,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1}))
-    vocabulary = {word: number for number, word in enumerate(words)}
-    return model, transformers.BertTokenizer(vocabulary, model_max_length=64)
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    return model, transformers.BertTokenizer(ids, model_max_length=64)
 
 
 def load_classifier(name, feature, seed, role):
     """(model, tokenizer, trained) from a hub name or a folder, with the outputs of the data.
-
     An encoder that was only pretrained gets a new classifier, drawn from the seed, and `trained`
-    is False. So does a student (`role`) that was trained for other classes. No name means the
-    toy's teacher. `feature` is the type of the label column. Raises ValueError where nothing can
-    be loaded, or nothing that fits.
+    is False. So does a student (`role`) of other classes. No name means the toy's teacher.
+    `feature` is the type of the label column. Raises ValueError where nothing that fits is there.
     """
     if name is None:
         return *toy_teacher(seed), False
     torch.manual_seed(seed)
-    with refuse(f"no {role} can be loaded from {name!r}"):
+    with refuse(f"no {role} that fits the data can be loaded from {name!r}"):
         # Code from the hub is never run, and weights hold none: safetensors, or weights_only.
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -519,52 +455,38 @@ def load_classifier(name, feature, seed, role):
             trust_remote_code=False, output_loading_info=True)
         # What a checkpoint lacks, transformers fills with random numbers. That is right for a new
         # classifier and for BERT's pooler, which belongs to it, but not for the encoder.
-        mismatched = {key for key, *_ in info["mismatched_keys"]}
-        new, encoder = mismatched | set(info["missing_keys"]), f"{model.base_model_prefix}."
-        wrong = [key for key in new if key.startswith(encoder) and "pooler" not in key]
-        if wrong or (mismatched and role == "teacher"):
-            raise ValueError("its weights do not fit its configuration, or the data's number of "
-                             f"classes: {min(wrong or mismatched)}")
-    use_labels(model, feature)
+        other = {key for key, *_ in info["mismatched_keys"]}                   # of other shape
+        new, encoder = other | set(info["missing_keys"]), f"{model.base_model_prefix}."
+        bad = [key for key in new if key.startswith(encoder) and "pooler" not in key]
+        if bad or (other and role == "teacher"):
+            raise ValueError(f"its weights do not fit its config or classes: {min(bad or other)}")
     return model.float(), tokenizer, not new       # float: it may be stored in half precision
 
 
 def use_labels(model, feature):
     """Gives a model, in place, the data's label names, and its logits the data's order.
-
     MNLI checkpoints on the hub number the classes differently from GLUE. A student of such a
-    teacher would learn the wrong classes, without any error. Where the model's names are the
-    data's in another order, the rows of its last linear layer are put in the data's order. Names
-    like LABEL_0 say nothing and are replaced.
-    """
-    model.config.problem_type = "regression"
-    if isinstance(feature, datasets.ClassLabel):
-        own, wanted = [model.config.id2label[i] for i in range(feature.num_classes)], feature.names
-        if sorted(own) != sorted(wanted):          # perhaps they differ in case only
-            own, wanted = [x.lower() for x in own], [x.lower() for x in wanted]
-        if own != wanted and sorted(own) == sorted(wanted) and len(set(own)) == len(own):
-            head = [x for x in model.modules() if getattr(x, "out_features", 0) == len(own)][-1]
-            for parameter in head.parameters():                        # weight (C, d), bias (C,)
-                parameter.data = parameter.data[[own.index(name) for name in wanted]]
-        model.config.problem_type = "single_label_classification"
-        model.config.id2label = dict(enumerate(feature.names))
-        model.config.label2id = {name: i for i, name in enumerate(feature.names)}
+    teacher would learn the wrong classes, without any error. Where the model has the data's names
+    in another order, perhaps in other case, the rows of its last linear layer are put in the
+    data's order. Names like LABEL_0 say nothing and are replaced. A regression keeps its name."""
+    config, names = model.config, getattr(feature, "names", list(model.config.id2label.values()))
+    # Upper and lower case may differ, unless they alone tell the classes apart.
+    fold = str.lower if len(set(map(str.lower, names))) == len(names) else str
+    own = [fold(config.id2label[i]) for i in range(len(names))]
+    order = [own.index(name) for name in map(fold, names) if name in own]
+    if order != sorted(order) and len(order) == len(names):    # the same names, in another order
+        head = [x for x in model.modules() if getattr(x, "out_features", 0) == len(names)][-1]
+        head.load_state_dict({key: x[order] for key, x in head.state_dict().items()})
+    config.problem_type = "single_label_classification" if len(names) > 1 else "regression"
+    config.id2label, config.label2id = dict(enumerate(names)), {x: i for i, x in enumerate(names)}
 
 
 def build_student(teacher, num_layers):
     """A student cut from its teacher: `num_layers` of its layers, weights copied, nothing shared.
-
-    Student layer i is teacher layer round(i*n/m), so the last one feeds the classifier as the
-    teacher's last one does; embeddings and classifier are copied as they are.
-
-    Args:
-        teacher: a transformers model with n layers in one nn.ModuleList.
-        num_layers: m, from 1 to n.
-    Returns:
-        A model of the same class, in train mode, with gradients, on the CPU.
-    Raises:
-        ValueError: more layers than the teacher has, or an architecture that can't be cut.
-    """
+    The teacher has n layers in one nn.ModuleList. Student layer i is its layer round(i*n/m), so the
+    last one feeds the classifier as the teacher's last one does. Returns a model of the same class,
+    in train mode, with gradients, on the CPU. Raises ValueError for more layers than the teacher
+    has, or fewer than 1, and for an architecture that can't be cut."""
     n, cut = teacher.config.num_hidden_layers, copy.deepcopy(teacher)
     if not 1 <= num_layers <= n:
         raise ValueError(f"{num_layers} layers can't be cut from a teacher of {n}: choose 1 to {n}")
@@ -573,9 +495,8 @@ def build_student(teacher, num_layers):
         cut.config.num_hidden_layers = num_layers
         if getattr(cut.config, "layer_types", None):           # layers that differ keep their type
             cut.config.layer_types = [cut.config.layer_types[i] for i in kept]
-        layers = next(x for x in cut.modules() if isinstance(x, nn.ModuleList) and len(x) == n)
-        for i in sorted(set(range(n)) - set(kept), reverse=True):
-            del layers[i]
+        path = next(k for k, x in cut.named_modules() if type(x) is nn.ModuleList and len(x) == n)
+        cut.set_submodule(path, nn.ModuleList(cut.get_submodule(path)[i] for i in kept))
         # Not `cut` itself but a new model of its config, since that is what the saved student is
         # loaded into. Each weight must have its place there. (ALBERT has just one layer.)
         student = type(teacher)(cut.config)
@@ -584,18 +505,17 @@ def build_student(teacher, num_layers):
 
 
 def prepare(model, tokenizer, sets, settings, role):
-    """All data as the tokens of one model, after the longest and the shortest input went through.
-
-    Raises ValueError, before anything slow begins, where the method can't use the model: no
-    attention mask, hidden states that are missing or of another shape, too few positions, a
-    precision that it can't compute in.
-    """
+    """All data as the tokens of one model, which gets the data's labels, after the longest and the
+    shortest input went through. Raises ValueError, before anything slow begins, where the method
+    can't use the model: no attention mask, hidden states that are missing or of another shape, too
+    few positions, a precision that it can't compute in."""
     model.to(settings.device)
     hint = "" if settings.precision == "fp32" else ", --precision fp32 may help"
     with refuse(f"the {role}, a {type(model).__name__}, can't be used{hint}"):
         sets = {name: encode(x, tokenizer, model, settings.max_length) for name, x in sets.items()}
         if "attention_mask" not in sets["train"].column_names:
             raise ValueError("it has no attention mask, so padding would count as text")
+        use_labels(model, sets["train"].features["label"])
         two = sets["train"].select(np.argsort(lengths_of(sets["train"]))[[0, -1]])
         pooled = torch.zeros(2, model.config.num_hidden_layers, model.config.hidden_size)
         predict(model, two, tokenizer, settings.precision, pooled)
@@ -603,12 +523,10 @@ def prepare(model, tokenizer, sets, settings, role):
 
 
 # ---- 6. Data -----------------------------------------------------------------------------------
-# Every source ends as Datasets with the columns sentence1, sometimes sentence2, and label. The
-# label column knows its own type: a ClassLabel with names, or a float for a regression.
-#
-# The toy shows the method at work in two minutes, without a network. Somebody had 8,000 carefully
-# labelled sentences and trained a large model with them. You have that model, 1,000 other
-# sentences, and labels of which a fifth is wrong.
+# Every source ends as Datasets with the columns sentence1, sometimes sentence2, and label: a
+# ClassLabel with names, or a float for a regression. The toy shows the method in two minutes,
+# offline: somebody trained a large model with 8,000 carefully labelled sentences. You have that
+# model, 1,000 other sentences, and labels of which a fifth is wrong.
 
 GLUE = "cola sst2 mrpc stsb qqp mnli qnli rte wnli".split()
 METRICS = {"cola": ["matthews_correlation"], "mrpc": ["accuracy", "f1"], "qqp": ["accuracy", "f1"]}
@@ -616,32 +534,31 @@ TOPICS = "acting plot music ending dialogue cast pacing script humour story".spl
 NEGATIVE = "dull clumsy stale silly cold weak tedious messy".split()
 POSITIVE = "clever moving fresh funny warm sharp gripping charming".split()
 DEGREES, NEGATIONS = ["", "", "very", "quite", "rather"], ["not", "never", "hardly"]
+LINKS = ["the", "is", "but", "yet", "although"]
+FORMS = ["the {0}.", "the {0}, although the {1}.", "although the {1}, the {0}.",
+         "the {1}, but the {0}.", "the {1}, yet the {0}."]
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 MISSING, UNSCORED = ("", "NA", "N/A", "NaN", "nan", "null"), ("train", "teacher_train")
-LINKS = ["the", "is", "but", "yet", "although"]
-FORMS = ["the {main}.", "the {main}, although the {side}.", "although the {side}, the {main}.",
-         "the {side}, but the {main}.", "the {side}, yet the {main}."]
 
 
 def toy_sentences(seed, sizes):
     """Short reviews in which the words alone do not decide the label: a Dataset for each size.
 
-    "Although the plot is very clever, the acting is hardly moving": the main clause decides (here:
-    negative). Word order tells which clause that is, and a negation turns it round, so counting
-    words says little. Some sentences have one clause only, a stepping stone for a deep model that
-    starts from random weights. All sentences differ, and they depend on the seed alone.
+    "Although the plot is very clever, the acting is hardly moving" is negative: the main clause
+    decides. Word order shows which one that is, and a negation turns it round, so counting words
+    says little. Sentences of one clause are a stepping stone for a deep model that starts from
+    random weights. All sentences differ, and they depend on the seed alone.
     """
-    rng = np.random.default_rng([seed, 0x7071])
-    found = {}                                     # sentence -> label, without repeats, in order
+    rng, found = np.random.default_rng([seed, 0x7071]), {}    # found: sentence -> label, in order
     while len(found) < sum(sizes):
-        clauses, labels = {}, {}
-        for part, topic in zip(("main", "side"), rng.choice(TOPICS, 2, replace=False)):
+        clauses, labels = [], []                   # of the main clause, then of the other one
+        for topic in rng.choice(TOPICS, 2, replace=False):
             positive, negated = rng.integers(2), rng.random() < 1 / 3
             degree = rng.choice(NEGATIONS if negated else DEGREES)
             adjective = rng.choice(POSITIVE if positive else NEGATIVE)
-            clauses[part] = " ".join(f"{topic} is {degree} {adjective}".split())
-            labels[part] = int(positive ^ negated)
-        found.setdefault(rng.choice(FORMS).format(**clauses).capitalize(), labels["main"])
+            clauses.append(" ".join(f"{topic} is {degree} {adjective}".split()))
+            labels.append(int(positive ^ negated))
+        found.setdefault(rng.choice(FORMS).format(*clauses).capitalize(), labels[0])
     data = datasets.Dataset.from_dict({"sentence1": list(found), "label": list(found.values())})
     data = data.cast_column("label", datasets.ClassLabel(names=["negative", "positive"]))
     return [data.select(range(end - size, end)) for size, end in zip(sizes, np.cumsum(sizes))]
@@ -650,41 +567,36 @@ def toy_sentences(seed, sizes):
 def read_file(path, train=None):
     """A file of CSV or JSON lines -> Dataset with sentence1, maybe sentence2, and label.
 
-    Names are classes, in the order of the alphabet, and so are whole numbers, in theirs; any
-    decimal makes a regression. A further file has the columns and labels of `train`, and may give
-    a class by its number: 0 and 1 for "negative" and "positive". Raises ValueError for others.
-
-    Not by `datasets.load_dataset`: that takes [ and * in a path for a pattern, rewrites 007 as 7,
-    and gives the old rows of a file that was replaced by one with the same time stamp.
+    Sorted names are classes, and so are whole numbers; any decimal makes a regression. A further
+    file has the columns and labels of `train`, or gives a class by its number: 0 for "negative".
+    Raises ValueError. `datasets.load_dataset` would take [ and * in a path for a pattern, rewrite
+    007 as 7, and give old rows for a new file with the old time stamp.
     """
     with refuse(f"{path} is not a file of CSV or JSON lines in UTF-8 with sentence and label"):
         with open(path, newline="", encoding="utf-8-sig") as file:
-            if path.lower().endswith(".csv"):
-                rows = list(csv.DictReader(file, strict=True))
-            else:
-                rows = [json.loads(line) for line in file if line.strip()]
+            rows = (list(csv.DictReader(file, strict=True)) if path.lower().endswith(".csv")
+                    else [json.loads(line) for line in file if line.strip()])
         first = "sentence" if "sentence" in rows[0] else "sentence1"
-        names = [first, "sentence2", "label"] if "sentence2" in rows[0] else [first, "label"]
+        names = [first, *({"sentence2"} & rows[0].keys()), "label"]
         for number, row in enumerate(rows, 1):
-            if None in map(row.get, names) or row["label"] in MISSING:
-                raise ValueError(f"example {number} lacks one of {', '.join(names)}")
+            if None in [*row, *map(row.get, names)] or row["label"] in MISSING:
+                raise ValueError(f"example {number} must have just one of each: {', '.join(names)}")
         data = datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in names})
         data = data.cast(datasets.Features(dict.fromkeys(names, datasets.Value("string"))))
         data = data.rename_columns({first: "sentence1"})
-        labels, feature = set(data["label"]), datasets.Value("float32")
+        labels = set(data["label"])
         numbers = set(filter(NUMBER.fullmatch, labels))
         if train is not None:
-            feature = train.features["label"]
-            known = set(getattr(feature, "names", numbers))
-            if data.column_names != train.column_names:
-                raise ValueError("the training data have other text columns")
+            known = set(getattr(train.features["label"], "names", numbers))
             if all(map(NUMBER.fullmatch, known)) and labels - known:
                 raise ValueError(f"the training data have no label {min(labels - known)!r}")
-        elif len(labels) == 1 or 0 < len(numbers) < len(labels):
+            return data.cast(train.features)       # a name, or else a number, becomes a class
+        if len(labels) == 1 or 0 < len(numbers) < len(labels):
             raise ValueError("labels must differ, and be all names or all numbers")
-        elif not numbers or all(x.lstrip("+-").isdigit() for x in labels):
-            feature = datasets.ClassLabel(names=sorted(labels, key=int if numbers else None))
-        return data.cast_column("label", feature)      # a name, or else a number, becomes a class
+        if numbers and not all(x.lstrip("+-").isdigit() for x in labels):
+            return data.cast_column("label", datasets.Value("float32"))
+        classes = sorted(labels, key=int if numbers else None)
+        return data.cast_column("label", datasets.ClassLabel(names=classes))
 
 
 def load_task(settings):
@@ -692,52 +604,44 @@ def load_task(settings):
 
     Everything is scored but "train", and the toy's "teacher_train": eight times as many sentences,
     others, without wrong labels. MNLI has "validation_mismatched" too. GLUE's test splits are left
-    out: their labels are all -1.
-
-    Returns:
-        Dict of Datasets with the columns sentence1, maybe sentence2, and label.
-    Raises:
-        ValueError: the hub is out of reach, or a file can't be used.
+    out: their labels are all -1. Raises ValueError for a hub out of reach, or an unusable file.
     """
-    sets, files = {}, {path: path for path in settings.eval_file}
+    files = {"train": settings.train_file, "validation": settings.validation_file}
+    sets, size = {}, settings.max_train_examples
     if settings.task == "toy":
-        size = settings.max_train_examples or 1000
+        size = size or 1000
         validation, train, teacher_train = toy_sentences(settings.seed, [1000, size, 8 * size])
         wrong = np.random.default_rng([settings.seed, 0xBAD]).permutation(size) < size // 5
         noisy = train.map(lambda row, i: {"label": row["label"] ^ int(wrong[i])}, with_indices=True)
         sets = {"train": noisy, "teacher_train": teacher_train, "validation": validation}
     elif settings.task:
         with refuse(f"{settings.task} can't be loaded from the hub (--task toy needs none)"):
-            splits = datasets.load_dataset("nyu-mll/glue", settings.task)
-        for split, data in splits.items():
-            if not split.startswith("test"):
-                texts = [name for name in data.column_names if name not in ("label", "idx")]
-                data = data.rename_columns(dict(zip(texts, ("sentence1", "sentence2"))))
-                sets[split.replace("_matched", "")] = data.remove_columns("idx")
-    else:
-        files = {"train": settings.train_file, "validation": settings.validation_file} | files
-    for name, path in files.items():
-        sets[name] = read_file(path, sets.get("train"))
-    if settings.max_train_examples and settings.task != "toy":       # a file may be sorted by label
-        data = sets["train"].shuffle(seed=settings.seed)
-        sets["train"] = data.select(range(min(settings.max_train_examples, len(data))))
+            splits = datasets.load_dataset("nyu-mll/glue", settings.task).remove_columns("idx")
+        texts = [name for name in splits["train"].column_names if name != "label"]
+        texts = dict(zip(texts, ("sentence1", "sentence2")))
+        sets = {name.replace("_matched", ""): data.rename_columns(texts)
+                for name, data in splits.items() if not name.startswith("test")}
+    for name, path in (files | {path: path for path in settings.eval_file}).items():
+        if path:
+            sets[name] = read_file(path, sets.get("train"))
+    if size and settings.task != "toy":            # a file may be sorted by label
+        sets["train"] = sets["train"].shuffle(seed=settings.seed).take(size)
     return sets
 
 
 def encode(data, tokenizer, model, max_length):
     """Dataset of text -> Dataset of token numbers (input_ids, attention_mask, ...) and label.
 
-    Not padded yet. A pair is encoded as a pair. Columns that the model's forward pass does not
-    know (a DistilBERT has no token_type_ids) are left out. Inputs are cut to `max_length` tokens,
-    or to fewer where tokenizer or model allow no more.
+    Not padded yet, and cut to `max_length` tokens, or to what tokenizer and model allow. Columns
+    that the model's forward pass does not know (DistilBERT: token_type_ids) are left out.
     """
     limit = min(max_length, tokenizer.model_max_length)
     positions = getattr(model.config, "max_position_embeddings", None) or -1     # XLNet has -1
-    if 0 < positions < limit:
-        limit = positions - 2          # RoBERTa and its kin keep two positions for themselves
+    # RoBERTa and its kin keep two positions for themselves.
+    limit = positions - 2 if 0 < positions < limit else limit
     texts = [name for name in data.column_names if name != "label"]
-    data = data.map(lambda rows: dict(tokenizer(*map(rows.get, texts), truncation=True,
-                                                max_length=limit)), batched=True)
+    data = data.map(tokenizer, input_columns=texts, batched=True,
+                    fn_kwargs={"truncation": True, "max_length": limit})
     known = [*inspect.signature(model.forward).parameters, "label"]
     return data.select_columns([name for name in data.column_names if name in known])
 
@@ -757,36 +661,29 @@ def fingerprint(data, *more):
 # smaller, and F1 or a correlation of the whole is not the mean of those of its parts.
 
 
-def ranks(values):
-    """Ranks from 1; equal values share the mean of their ranks, as Spearman's correlation wants."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
-def correlation(a, b):
-    """Pearson's r of two arrays (N,); 0 where one of them is constant: it tells nothing then."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return float(np.nan_to_num(np.corrcoef(a, b)[0, 1]))
+def correlation(a, b, method="pearson"):
+    """Of two arrays (N,); 0 where one is constant: it tells nothing then. Spearman's is Pearson's
+    of the ranks, and equal values share the mean of their ranks."""
+    table = datasets.Dataset.from_dict({"a": a, "b": b}).to_pandas()
+    return float(table.corr(method).fillna(0).loc["a", "b"])
 
 
 def compute_metrics(logits, labels, task=None, teacher_logits=None):
     """The metrics of GLUE for arrays (N, C) and (N,): {"accuracy": ..., "eval_loss": ...}.
 
-    Your own data get accuracy, or the two correlations for a regression. `eval_loss` is CE in nats
-    or the mean squared error; `agreement` the share of the examples, right or wrong, for which the
-    teacher, with logits (N, C), chooses the same class.
+    Your own data get accuracy, or two correlations for a regression. `eval_loss` is CE in nats or
+    the mean squared error, `agreement` the share for which the teacher chooses the same class.
     """
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
     loss = {"eval_loss": float(label_loss(torch.tensor(logits), torch.tensor(labels)))}
     if logits.shape[1] == 1:
-        output = logits[:, 0]
-        spearman = correlation(ranks(output), ranks(labels))
-        return {"pearson": correlation(output, labels), "spearmanr": spearman} | loss
-    predicted, positive = logits.argmax(axis=1), labels == 1                    # (N,), (N,)
-    f1 = 2 * np.sum((predicted == 1) & positive) / max(np.sum(predicted == 1) + positive.sum(), 1)
-    values = {"accuracy": float(np.mean(predicted == labels)), "f1": float(f1),
-              "matthews_correlation": correlation(predicted == 1, positive)}
-    scores = {name: values[name] for name in METRICS.get(task, ["accuracy"])}
+        return {"pearson": correlation(logits[:, 0], labels),
+                "spearmanr": correlation(logits[:, 0], labels, "spearman")} | loss
+    predicted = logits.argmax(axis=1)              # (N,); F1 and Matthews are for classes 0 and 1
+    values = {"accuracy": np.mean(predicted == labels),
+              "f1": 2 * np.sum(predicted * labels) / max(np.sum(predicted + labels), 1),
+              "matthews_correlation": correlation(predicted, labels)}
+    scores = {name: float(values[name]) for name in METRICS.get(task, ["accuracy"])}
     if teacher_logits is not None:
         scores["agreement"] = float(np.mean(predicted == np.argmax(teacher_logits, axis=1)))
     return scores | loss
@@ -807,28 +704,26 @@ def score(model, sets, tokenizer, settings, teacher_logits={}):
     return found.pop("validation") | other | {"evaluation": found}
 
 
-def costs(model, data, tokenizer, precision):
+@torch.no_grad()
+def costs(model, sets, tokenizer, settings):
     """What a model costs: layers, parameters, bytes, and the median time of one sentence in ms."""
-    batch, times = make_batch(data, tokenizer, [0], model.device), [time.perf_counter()]
-    for _ in range(30):
-        with torch.no_grad():
-            outputs_of(model, batch, precision)[0].cpu()       # .cpu() waits for the device
-        times.append(time.perf_counter())
+    batch = make_batch(sets["train"], tokenizer, [0], model.device)
+    times = timeit.repeat(                                     # .cpu() waits for the device
+        lambda: outputs_of(model, batch, settings.precision)[0].cpu(), number=1, repeat=30)
     return {"layers": model.config.num_hidden_layers, "parameters": model.num_parameters(),
             "bytes": sum(tensor.nbytes for tensor in model.state_dict().values()),
-            "milliseconds_per_sentence": 1000 * float(np.median(np.diff(times)))}
+            "milliseconds_per_sentence": 1000 * float(np.median(times))}
 
 
 def warn_of_weak_teacher(logits, labels):
     """Says so where a teacher knows no more than the largest class, or the mean of a regression."""
-    labels = np.array(labels)
     error, floor = np.mean((logits[:, 0] - labels) ** 2), labels.var()
     if logits.shape[1] > 1:
-        error = np.mean(logits.argmax(1) != labels)
+        error = np.mean(logits.argmax(axis=1) != labels)
         floor = 1 - np.bincount(labels).max() / len(labels)
     if error >= floor:
-        print(f"\n!!! The teacher's error is {error:.3g}; without reading the text, {floor:.3g}."
-              "\n!!! It is weak or broken, or its labels mean something else.\n")
+        print(f"\n!!! The teacher's error is {error:.3g}; without reading the text, {floor:.3g}. "
+              "It is weak, or its labels mean something else.\n")
 
 
 # ---- 8. Settings -------------------------------------------------------------------------------
@@ -874,57 +769,44 @@ class Settings:
 
     def resolve(self):
         """A copy with all defaults filled in and all values checked. Raises ValueError."""
-        own_files = [self.train_file, self.validation_file]
-        toy = self.task == "toy" or (self.task is None and own_files == [None, None])
-        # With one draw per epoch and 12 -> 4 layers, 10 epochs let 96 % of the layers teach.
-        defaults = {"teacher": "bert-base-uncased", "epochs": 10, "teacher_epochs": 3,
-                    "learning_rate": 5e-5}
-        if toy:
-            defaults = {"task": "toy", "epochs": 8, "teacher_epochs": 5, "learning_rate": 5e-4}
-        new = dataclasses.replace(self)
         for name, value in vars(self).items():
-            low = {"seed": -1, "max_length": 3}.get(name, 0)
-            number = type(value) in (int, float)
-            if value in ("", [""]) or (number and not low < value < 2 ** 63):   # NaN fails, too
-                raise ValueError(f"--{name.replace('_', '-')} {value!r}: must be finite and more "
-                                 f"than {low}, or a text that is not empty")
-            if value is None:
-                setattr(new, name, defaults.get(name))
-        share = combined_loss(1.0, 1.0, 0.0, new.weights)      # CE and KD; all that `none` has
-        if new.mapping == "none" and share > 0:
-            new.weights = [new.weights[0] / share, new.weights[1] / share, 0.0]
-        if new.mapping == "finetune":
-            new.weights = [1.0, 0.0, 0.0]
-        new.device, new.precision = resolve_device(new.device, new.precision)
+            low, flag = {"seed": -1, "max_length": 3}.get(name, 0), name.replace("_", "-")
+            # NaN is refused, too: it is neither more nor less than anything.
+            if value in ("", [""]) or (type(value) in (int, float) and not low < value < 2 ** 63):
+                raise ValueError(f"--{flag} {value!r} is empty, not finite or not more than {low}")
+        own_files = [self.train_file, self.validation_file]
+        toy = self.task in (None, "toy") and own_files == [None, None]
+        best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        device = best.type if self.device == "auto" else self.device
+        # A T4 only emulates bf16, slowly.
+        half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        kinds = {"cuda": [half, "fp16", "bf16"], "cpu": ["fp32", "bf16"]}.get(device, []) + ["fp32"]
+        # With one draw per epoch and 12 -> 4 layers, 10 epochs let 96 % of the layers teach.
+        defaults = {"task": "toy" if toy else None, "teacher": None if toy else "bert-base-uncased",
+                    "epochs": 8 if toy else 10, "teacher_epochs": 5 if toy else 3,
+                    "learning_rate": 5e-4 if toy else 5e-5, "device": device, "precision": kinds[0]}
+        new = dataclasses.replace(self, **{name: value for name, value in defaults.items()
+                                           if getattr(self, name) in (None, "auto")})
         name = f"{new.task or Path(new.train_file or '').stem}-{new.mapping}-seed{new.seed}"
-        new.output_dir = new.output_dir or f"runs/{name}-{time.time():.0f}-{os.getpid()}"
-        conflicts = {
+        out = new.output_dir or f"runs/{name}-{time.time():.0f}-{os.getpid()}"
+        kept = {"none": [1.0, 1.0, 0.0], "finetune": [1.0, 0.0, 0.0]}.get(new.mapping, [1.0] * 3)
+        share = combined_loss(*kept, new.weights)  # of the losses that this mapping has
+        wrong = [text for text, is_so in {
+            f"--device {device} --precision {self.precision} is not available here":
+                device not in (best.type, "cpu") or new.precision not in kinds,
             "--task and own files exclude each other": new.task and own_files != [None, None],
             "--train-file and --validation-file belong together": own_files.count(None) == 1,
             "--student and --student-layers exclude each other": new.student and new.student_layers,
-            "--mapping attention needs --variant layerwise":
-                (new.mapping, new.variant) == ("attention", "concat"),
-            "--mapping none leaves nothing to learn from": new.mapping == "none" and share == 0,
-            "--max-train-examples: the toy makes at most 100000":
-                toy and (new.max_train_examples or 0) > 100_000,
-            f"--output-dir {new.output_dir} is in use: name a new folder":
-                not new.resume and any(Path(new.output_dir).glob("*"))}
-        for text in conflicts:
-            if conflicts[text]:
-                raise ValueError(text)
-        return new
-
-
-def resolve_device(device, precision):
-    """("auto", "auto") -> for example ("cuda", "bf16"). Raises ValueError for what is not there."""
-    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    device = best.type if device == "auto" else device
-    offered = {"cuda": ["bf16", "fp16", "fp32"], "cpu": ["fp32", "bf16"]}.get(device, ["fp32"])
-    if device == best.type == "cuda" and torch.cuda.get_device_capability()[0] < 8:
-        offered = ["fp16", "fp32", "bf16"]         # a T4 only emulates bf16, slowly
-    if device not in (best.type, "cpu") or precision not in ["auto", *offered]:
-        raise ValueError(f"--device {device} --precision {precision} is not available here")
-    return device, offered[0] if precision == "auto" else precision
+            "attention is always layerwise": (new.mapping, new.variant) == ("attention", "concat"),
+            f"--mapping {new.mapping} leaves nothing to learn from": share == 0,
+            "the toy makes at most 100000 examples": toy and (new.max_train_examples or 0) > 1e5,
+            f"--output-dir {out} is not empty": not new.resume and any(Path(out).glob("*"))
+        }.items() if is_so]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        if new.mapping in ("none", "finetune"):
+            new.weights = [weight * used / share for weight, used in zip(new.weights, kept)]
+        return dataclasses.replace(new, output_dir=out)
 
 
 # ---- 9. The whole job --------------------------------------------------------------------------
@@ -933,23 +815,21 @@ def resolve_device(device, precision):
 def run(settings):
     """From Settings to a student on disk; returns what metrics.json holds.
 
-    The folder of a run holds student/ and, if it was fine-tuned here, teacher/, both as
-    transformers' pipeline loads them, and metrics.json; *.pt is the state after the last epoch. A
-    resumed run does the same again and finds what is there. student/ is written last.
-    Raises ValueError, OSError or FloatingPointError, with a sentence for the user.
+    Its folder also holds student/ and, if it was fine-tuned here, teacher/, as transformers'
+    pipeline loads them; *.pt is the state after the last epoch. A resumed run does the same again
+    and finds what is there. Raises ValueError, OSError or FloatingPointError, with a sentence.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    before = {"teacher": {}}
+    results = {"teacher": {}, "student": {}, "epochs": [], "evaluation": {}}
     if settings.resume:
-        settings, before = resumed(settings)
+        settings, results = resumed(settings)
     settings = settings.resolve()
-    settings.output_dir = from_rank_0(settings.output_dir)
-    out = Path(settings.output_dir)
+    out = Path(from_rank_0(settings.output_dir))
     if (out / "student").is_dir():
         print(f"{out} is finished already.")
-        return before
+        return results
 
     # 1. Data and models. What is wrong with them shows here, before anything is slow or written.
     sets = load_task(settings)
@@ -969,86 +849,74 @@ def run(settings):
         variant = "attention" if settings.mapping == "attention" else settings.variant
         torch.manual_seed(settings.seed)
         rail = RailLoss(teacher.config.hidden_size, student.config.hidden_size, m - 1, variant,
-                        settings.projection_size, settings.centre)
+                        settings.projection_size, settings.centre).to(settings.device)
     teacher_sets = prepare(teacher, tokenizer, sets, settings, "teacher")
     student_sets = prepare(student, words, sets, settings, "student")
+    teacher_side, student_side = (teacher, teacher_sets, tokenizer), (student, student_sets, words)
 
     # 2. A folder, claimed by a file that only one run can create. From here on, --resume works.
-    results = {
-        "settings": dataclasses.asdict(settings) | {"resume": None},
-        "versions": {lib.__name__: lib.__version__ for lib in (torch, transformers, datasets, np)},
-        "device": f"{settings.device}, {torch.get_num_threads()} threads x {processes()[1]}",
-        "teacher": before["teacher"], "student": {}, "epochs": [], "evaluation": {}}
+    results["settings"] = dataclasses.asdict(settings) | {"resume": None}
+    results["versions"] = {x.__name__: x.__version__ for x in (torch, transformers, datasets, np)}
+    results["device"] = f"{settings.device}, {torch.get_num_threads()} threads x {processes()[1]}"
     if not settings.resume and processes()[0] == 0:
         with refuse(f"--output-dir {out} is in use, or can't be written to"):
             out.mkdir(parents=True, exist_ok=True)
-            with open(out / "metrics.json", "x", encoding="utf-8") as file:
+            with open(out / "metrics.json", "x") as file:
                 json.dump(results, file)
         kind = f"classes {', '.join(feature.names)}" if hasattr(feature, "names") else "regression"
-        print(f"data      {len(sets['train']):,} training examples, {kind}\n"
-              f"teacher   {n} layers, {teacher.num_parameters():,} parameters\n"
-              f"student   {m} layers, {student.num_parameters():,} parameters\n"
-              f"training  {settings.epochs} epochs, mapping {settings.mapping}, in "
-              f"{settings.precision} on {settings.device}\nresults   {out}")
+        print(f"{len(sets['train']):,} training examples, {kind}\nteacher {n} layers, student {m}; "
+              f"mapping {settings.mapping}, {settings.epochs} epochs in {settings.precision} on "
+              f"{settings.device}; results go to {out}")
 
-    def report(part, history, scores):
-        """After each epoch: adds its scores, prints a line, and updates metrics.json."""
-        part["epochs"], last, metric = history, history[-1], next(iter(scores))
+    def after_epoch(part, side, history, layers):
+        """Adds the scores of an epoch to its record, prints a line, and updates metrics.json."""
+        part["epochs"], last, scores = history, history[-1], score(*side, settings, logits)
         last |= scores
+        if layers is not None:
+            _, pooled = table(range(min(256, len(sets["train"]))), layers)
+            t = F.normalize(rail.project(rail.teacher_proj, pooled), dim=-1).detach()
+            # || sum of t ||^2 is B, from each with itself, plus the cosines of B (B - 1) pairs.
+            cosine = (t.sum(dim=0).pow(2).sum(dim=-1) - len(t)) / max(len(t) * (len(t) - 1), 1)
+            last["projected_cosine"] = cosine.mean().item()    # near 1: the trivial solution
         pairs = " ".join(f"{i}←{j}" for i, j in enumerate(last["layers"] or [], 1))
         losses = "  ".join(f"{x} {last[x]:.4f}" for x in ("ce", "kd", "rail") if last[x])
+        metric = next(iter(scores))
         print(f"  epoch {last['epoch']:2}  {pairs}  {losses}  {metric} {last[metric]:.4f}  "
               f"{last['examples_per_second']:,.0f} examples/s")
         save_json(out / "metrics.json", results)
 
     # 3. The teacher. One without a trained classifier is fine-tuned first, by the same loop.
+    logits, table = {}, None                       # the teacher's, of the sets that are scored
     if not trained:
         print("The teacher has no trained classifier yet, so it is fine-tuned first:")
-        data = teacher_sets.get("teacher_train", teacher_sets["train"])
         plan = dataclasses.replace(settings, mapping="finetune", weights=[1.0, 0.0, 0.0],
                                    epochs=settings.teacher_epochs)
+        data = teacher_sets.get("teacher_train", teacher_sets["train"])
         train(Distiller(teacher, None, plan), data, tokenizer, plan, out / "teacher.pt",
-              lambda history, _: report(results["teacher"], history,
-                                        score(teacher, teacher_sets, tokenizer, plan)))
-        save_model(out / "teacher", teacher, tokenizer)
+              lambda *epoch: after_epoch(results["teacher"], teacher_side, *epoch))
+        save(out / "teacher", lambda part: [x.save_pretrained(part) for x in (teacher, tokenizer)])
         print(f"It can be used again with --teacher {shlex.quote(str(out / 'teacher'))}")
         # From here on as with any teacher that is already there.
         return run(Settings(resume=str(out), device=settings.device, precision=settings.precision))
-    teacher.requires_grad_(False)
-    teacher_logits = {name: predict(teacher, data, tokenizer, settings.precision)
-                      for name, data in teacher_sets.items() if name not in UNSCORED}
-    results["teacher"] |= score(teacher, teacher_sets, tokenizer, settings)
-    results["teacher"] |= costs(teacher, teacher_sets["train"], tokenizer, settings.precision)
-    warn_of_weak_teacher(teacher_logits["validation"], teacher_sets["validation"]["label"])
+    teacher.requires_grad_(False)                  # from here on it is frozen
+    logits = {name: predict(teacher, data, tokenizer, settings.precision)
+              for name, data in teacher_sets.items() if name not in UNSCORED}
+    warn_of_weak_teacher(logits["validation"], np.array(sets["validation"]["label"]))
+    results["teacher"] |= score(*teacher_side, settings) | costs(*teacher_side, settings)
 
     # 4. The loop that brings teacher, student and projections together.
-    table = None
     if settings.mapping != "finetune":
-        place = next(x for x in (Path(source), out) if x.is_dir() and os.access(x, os.W_OK))
+        place = Path(source) if os.access(source, os.W_OK) else out
         table = teacher_table(teacher, teacher_sets["train"], tokenizer, settings, place)
-
-    def after_epoch(history, layers):
-        scores = score(student, student_sets, words, settings, teacher_logits)
-        if rail is not None:
-            _, pooled = table(range(min(256, len(sets["train"]))), layers)
-            with torch.no_grad():                  # near 1: the trivial solution of section 2
-                t = F.normalize(rail.project(rail.teacher_proj, pooled), dim=-1)
-            # || sum of t ||^2 is B, from each with itself, plus the cosines of B (B - 1) pairs.
-            cosine = (t.sum(dim=0).pow(2).sum(dim=-1) - len(t)) / max(len(t) * (len(t) - 1), 1)
-            scores["projected_cosine"] = cosine.mean().item()
-        report(results, history, scores)
-
     print("The student learns:")
-    distiller = Distiller(student, rail, settings).to(settings.device)
-    results["epochs"] = train(distiller, student_sets["train"], words, settings,
-                              out / "student.pt", after_epoch, table, n)
-    results["student"] |= score(student, student_sets, words, settings, teacher_logits)
-    results["student"] |= costs(student, student_sets["train"], words, settings.precision)
-    results["evaluation"] = {
-        path: {role: results[role]["evaluation"][path] for role in ("teacher", "student")}
-        for path in settings.eval_file}
+    train(Distiller(student, rail, settings), student_sets["train"], words, settings,
+          out / "student.pt", lambda *epoch: after_epoch(results, student_side, *epoch), table, n)
+    results["student"] |= score(*student_side, settings, logits) | costs(*student_side, settings)
+    found, own = results["teacher"]["evaluation"], results["student"]["evaluation"]
+    results["evaluation"] = {path: {"teacher": found[path], "student": own[path]} for path in own}
     save_json(out / "metrics.json", results)
-    save_model(out / "student", student, words)                # last: the mark of a finished run
+    # Last, since it is the mark of a finished run. A pipeline needs weights and tokenizer.
+    save(out / "student", lambda part: [x.save_pretrained(part) for x in (student, words)])
     metric = next(iter(results["student"]))
     print(f"\n         layers  parameters  megabytes  ms per sentence  {metric}")
     for role in ("teacher", "student"):
@@ -1100,50 +968,35 @@ def save(path, write):
 
 
 def save_json(path, content):
-    """Writes a JSON file."""
-    text = json.dumps(content, indent=2, allow_nan=False)
-    save(path, lambda part: part.write_text(text, encoding="utf-8"))
-
-
-def save_model(folder, model, tokenizer):
-    """Writes a folder that `transformers.pipeline` loads: weights (safetensors) and tokenizer."""
-    save(folder, lambda part: [item.save_pretrained(part) for item in (model, tokenizer)])
+    """Writes a file of JSON (ASCII, so in any encoding), as `save` does."""
+    save(path, lambda part: part.write_text(json.dumps(content, indent=2, allow_nan=False)))
 
 
 def load_state(file, parts, data):
-    """Puts the state in `file`, if it is there, into the parts; returns the history."""
+    """Puts the state that `train` left in `file`, if any, into its parts; returns the history."""
     if not file.exists():
         return []
     with refuse(f"{file} is no state of this run: delete it to train from the start"):
         state = torch.load(file, map_location="cpu", weights_only=True)       # never runs code
         if state["data"] != fingerprint(data):
             raise ValueError("the training data are not those that it began with")
-        for name, part in parts.items():
-            if state[name]:                        # the scaler's is empty, except in fp16
-                part.load_state_dict(state[name])
+        for name in filter(state.get, parts):      # the scaler's is empty, except in fp16
+            parts[name].load_state_dict(state[name])
     return state["history"]
-
-
-def save_state(file, parts, data, history):
-    """Writes what `load_state` reads."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"history": history, "data": fingerprint(data)}
-    save(file, lambda part: torch.save(state, part))
 
 
 def resumed(settings):
     """(settings, metrics.json) of the run in `settings.resume`. Raises ValueError for other flags
     beside it, except for device and precision."""
-    given = {name: value for name, value in vars(settings).items()
-             if value != getattr(Settings(), name)}
-    if given.keys() - {"resume", "device", "precision"}:
+    given = {name: getattr(settings, name) for name in ("resume", "device", "precision")}
+    if settings != Settings(**given):
         raise ValueError("--resume takes no other flags than --device and --precision")
     with refuse(f"--resume {settings.resume}: no run can be resumed there"):
-        text = (Path(settings.resume) / "metrics.json").read_text(encoding="utf-8")
-        saved = json.loads(text)
-        other = {"precision": "auto"} if "device" in given else {}
-        own = saved["settings"] | {"output_dir": settings.resume} | other | given
-        return Settings(**own), saved
+        saved = json.loads((Path(settings.resume) / "metrics.json").read_text())
+        own = saved["settings"] | {"output_dir": settings.resume}
+        if settings.device != "auto":              # another device computes in another precision
+            own["precision"] = "auto"
+        return Settings(**own | {x: given[x] for x in given if given[x] != "auto"}), saved
 
 
 def main(argv=None):
@@ -1156,15 +1009,13 @@ def main(argv=None):
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             torch.distributed.init_process_group()
-            if processes()[0] > 0:
-                sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w") if processes()[0] > 0 else sys.stdout
         settings = settings if settings.resume else settings.resolve()
         run(settings)
         return 0
     except KeyboardInterrupt:
-        folder = str(settings.resume or settings.output_dir)
-        hint = f"; go on with: python rail_kd.py --resume {shlex.quote(folder)}"
-        print("stopped" + hint * Path(folder).exists(), file=sys.stderr)
+        folder = shlex.quote(str(settings.resume or settings.output_dir))
+        print(f"stopped; once the folder exists, --resume {folder} goes on", file=sys.stderr)
         return 130
     except (argparse.ArgumentError, ValueError, OSError, FloatingPointError,
             torch.OutOfMemoryError) as error:
