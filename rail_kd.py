@@ -5,8 +5,8 @@ A small Transformer, the *student*, learns to imitate a large and frozen one, th
     L  =  l1 * CE  +  l2 * KD  +  l3 * RAIL
 
 CE compares the student's output with the labels, KD with the teacher's output, and RAIL compares
-intermediate layers. RAIL-KD draws the teacher layers that teach at random, afresh in each epoch,
-and sorts them, so that deeper learns from deeper:
+intermediate layers. In each epoch RAIL-KD draws teacher layers at random and sorts them, so that
+deeper layers learn from deeper ones:
 
     teacher layer    1    2    3    4    5    6    7    8    9   10   11   12
                           |                        |         |              :
@@ -34,7 +34,7 @@ Layer Mapping for Knowledge Distillation", Findings of NAACL 2022, arXiv 2109.10
 written without the paper's full text: from its abstract, its first table and two public
 re-implementations (aitsc/GLMKD and TKC002/CILDA-plus-minILD). Who decided what:
 
-    draw once per epoch, sorted; weighted sum of the losses, equation (4)     the paper
+    draw once per epoch, sorted; weighted sum of the losses                   the paper
     weights 1/3 each; u = 128; mean over tokens, projection, unit length      both implementations
     candidates 1..n-1, k = m-1 pairs: the last layers stay out of the draw    one of them (GLMKD)
     one projection per side, shared by all pairs; squared distance            one of them (GLMKD)
@@ -50,8 +50,8 @@ Letters: B sentences in a batch, S tokens in a sentence, N training examples, C 
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
 width of the projections, T the temperature. The method is in sections 1 to 3 (draw, losses, loop);
 a reader can stop there. The rest serves it: 4 the teacher's outputs, 5 models, 6 data, 7 scores,
-8 settings, 9 the whole job, 10 files and command line. A course blanks what stands between the
-SOLUTION markers, see the README.
+8 settings, 9 the whole job, 10 files and command line. For a course, blank the code between the
+SOLUTION markers; see the README.
 """
 import argparse, contextlib, copy, csv, dataclasses, inspect, json, math
 import os, re, shlex, shutil, sys, time, timeit
@@ -70,12 +70,13 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 # ---- 1. The draw -------------------------------------------------------------------------------
 # Two facts, which the tests and the notebook check:
 #
-#   The mean is evenly spaced. The i-th smallest of k uniform draws from 1..n-1 has mean
+#   The mean is evenly spaced. The i-th smallest of k distinct uniform draws from 1..n-1 has mean
 #   i*n/(k+1) = i*n/m: for 12 -> 4 the layers 3, 6, 9, the map that PKD calls "skip". Only the
-#   means agree: layer 1's most likely partner is 1, and 3, 6, 9 is one of 165 equal draws.
+#   means agree: student layer 1's most likely partner is teacher layer 1, and the map 3, 6, 9 is
+#   one of 165 that are equally likely.
 #
-#   All layers teach, though each step costs only k pairs. A layer is left out of one epoch with
-#   probability 1 - k/(n-1): for 12 -> 4, 72.7 %; of 5 epochs with 20.3 %, of 10 with 4.1 %.
+#   All layers teach, though each step costs only k pairs. For 12 -> 4, a layer sits out one epoch
+#   with probability 1 - k/(n-1) = 72.7 %, all of 5 epochs with 20.3 %, all of 10 with 4.1 %.
 
 
 def sample_layer_map(num_teacher_layers, num_student_layers, rng):
@@ -140,11 +141,12 @@ def mean_pool(hidden_states, attention_mask):
     Raises: ValueError for shapes other than (B, S, d) and (B, S)."""
     ### BEGIN SOLUTION
     if hidden_states.dim() != 3 or hidden_states.shape[:2] != attention_mask.shape:
-        raise ValueError(f"hidden states {tuple(hidden_states.shape)} and attention mask "
-                         f"{tuple(attention_mask.shape)} must be (B, S, d) and (B, S)")
+        raise ValueError(f"hidden states {hidden_states.shape} and attention mask "
+                         f"{attention_mask.shape} must be (B, S, d) and (B, S)")
     mask = attention_mask.bool().unsqueeze(-1)                                  # (B, S, 1)
-    # Not multiplied by the mask: 0 * NaN is NaN. Below, (B, d) is divided by (B, 1).
-    return hidden_states.float().masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    # Not multiplied by the mask: 0 * NaN is NaN.
+    total = hidden_states.float().masked_fill(~mask, 0.0).sum(dim=1)            # (B, d)
+    return total / mask.sum(dim=1).clamp(min=1)                                 # (B, d) / (B, 1)
     ### END SOLUTION
 
 
@@ -191,16 +193,17 @@ class RailLoss(nn.Module):
         Raises: ValueError for a side without exactly k rows (with attention: the student's side),
             or batches of different size."""
         ### BEGIN SOLUTION
+        # Attention has no map: its teacher side may have any number of rows.
         k = self.num_pairs if self.variant == "attention" else teacher_pooled.shape[1]
         if k != self.num_pairs or student_pooled.shape[:2] != (len(teacher_pooled), k):
             raise ValueError(f"student {student_pooled.shape} and teacher {teacher_pooled.shape} "
                              f"do not make {self.num_pairs} pairs of layers for each sentence")
-        s = self.project(self.student_proj, student_pooled)                     # (B, k, u)
-        t = self.project(self.teacher_proj, teacher_pooled.detach())            # (B, k, u)
-        if self.variant == "attention":                                         # t: (B, n-1, u)
+        s = self.project(self.student_proj, student_pooled)            # (B, k, u); concat: (B, u)
+        t = self.project(self.teacher_proj, teacher_pooled.detach())   # attention: (B, n-1, u)
+        if self.variant == "attention":
             t = torch.softmax(s @ t.transpose(1, 2), dim=-1) @ t                # (B, k, u)
-        # F.normalize scales to length 1, and leaves a vector of zeros as it is.
-        return (F.normalize(s, dim=-1) - F.normalize(t, dim=-1)).pow(2).sum(dim=-1).mean()
+        s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)                   # length 1
+        return (s - t).pow(2).sum(dim=-1).mean()
         ### END SOLUTION
 
 
@@ -216,8 +219,8 @@ def kd_loss(student_logits, teacher_logits, temperature):
     Raises: ValueError for shapes that differ or are not (B, C), or another temperature."""
     ### BEGIN SOLUTION
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
-        raise ValueError(f"student logits {tuple(student_logits.shape)} and teacher logits "
-                         f"{tuple(teacher_logits.shape)} must have one shape (B, C)")
+        raise ValueError(f"student logits {student_logits.shape} and teacher logits "
+                         f"{teacher_logits.shape} must have one shape (B, C)")
     if not 0 < temperature < torch.inf:
         raise ValueError(f"temperature {temperature} must be a positive finite number")
     if student_logits.shape[1] == 1:
@@ -260,21 +263,25 @@ class Distiller(nn.Module):
         teacher logits is 0, and so is RAIL without projections."""
         logits, pooled = outputs_of(self.student, batch, self.settings.precision, bool(self.rail))
         ce = label_loss(logits, batch["labels"])
-        zero, T = torch.zeros_like(ce), self.settings.temperature
-        kd = zero if teacher_logits is None else kd_loss(logits, teacher_logits, T)
-        rail = self.rail(pooled[:, :-1], teacher_pooled) if self.rail else zero     # not layer m
+        kd = rail = torch.zeros_like(ce)
+        if teacher_logits is not None:
+            kd = kd_loss(logits, teacher_logits, self.settings.temperature)
+        if self.rail:                              # layers 1..m-1; the logits teach layer m
+            rail = self.rail(pooled[:, :-1], teacher_pooled)                    # (B, k, d) each
         return torch.stack([ce, kd, rail, combined_loss(ce, kd, rail, self.settings.weights)])
 
 
 def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher_outputs=None, n=0):
     """Trains a Distiller in place; returns the history, one dict per epoch.
-    `teacher_outputs` is (rows, layers) -> logits (B, C), pooled layers (B, k, d_t), see section 4;
-    without it the labels alone teach. `after_epoch(history, layers)` adds scores. All randomness
-    is seeded from (seed, epoch), and the state goes to `state_file`: a run that was killed goes on
-    after its last full epoch and ends, on a CPU, bit for bit the same. Raises FloatingPointError
-    for a loss that is not finite, ValueError for a state of other data."""
+    `teacher_outputs(rows, layers)` gives the logits (B, C) and pooled layers (B, k, d_t) of a
+    teacher of n layers, see section 4; without it the labels alone teach. `after_epoch(history,
+    layers)` adds scores. All randomness is seeded from (seed, epoch), and the state goes to
+    `state_file`: a run that was killed goes on after its last full epoch and ends, on a CPU, bit
+    for bit the same. Raises FloatingPointError for a loss that is not finite, ValueError for a
+    state of other data."""
     (rank, world), student = processes(), distiller.student
-    lengths, steps = lengths_of(data), math.ceil(len(data) / settings.batch_size) * settings.epochs
+    m, lengths = student.config.num_hidden_layers, lengths_of(data)
+    steps = math.ceil(len(data) / settings.batch_size) * settings.epochs
     # New projections start from random numbers, so they may have a learning rate of their own.
     rates = [settings.learning_rate, settings.projection_learning_rate or settings.learning_rate]
     groups = [{"params": x.parameters(), "lr": r} for x, r in zip(distiller.children(), rates)]
@@ -291,16 +298,16 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
 
     for epoch in range(len(history) + 1, settings.epochs + 1):
         start, sums = time.perf_counter(), torch.zeros(4, device=student.device)
-        layers = choose_layers(settings, n, student.config.num_hidden_layers, epoch)    # the draw
+        layers = choose_layers(settings, n, m, epoch)                           # the draw: (k,)
         seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
         torch.manual_seed(seed + rank)                                          # for dropout
         distiller.train()
         order = length_batches(lengths, settings.batch_size, seed)
         for step, rows in enumerate(tqdm(order, f"epoch {epoch}", leave=False, disable=quiet)):
             if settings.resample == "step":
-                layers = choose_layers(settings, n, student.config.num_hidden_layers, epoch, step)
-            # Each process takes its share; without one, a dummy row with weight 0.
-            own, factor = rows[rank::world] or rows[:1], len(rows[rank::world]) / len(rows)
+                layers = choose_layers(settings, n, m, epoch, step)
+            own = rows[rank::world]                # the share of this process, perhaps none:
+            factor, own = len(own) / len(rows), own or rows[:1]    # then any row, with weight 0
             targets = () if teacher_outputs is None else teacher_outputs(own, layers)
             losses = model(make_batch(data, tokenizer, own, student.device), *targets)
             # The last one is minimised. DDP takes the mean of the gradients, hence `world`.
@@ -310,7 +317,9 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
             schedule.step()
             optimizer.zero_grad()
             sums += losses.detach() * factor * len(rows) / len(data)   # read after the epoch
-        sums, seconds = summed(sums, f"epoch {epoch}'s loss").tolist(), time.perf_counter() - start
+        # First the sum, which waits for the device, then the clock.
+        sums = summed(sums, f"the loss of epoch {epoch}").tolist()
+        seconds = time.perf_counter() - start
         one_map = settings.mapping in ("random", "skip", "last") and settings.resample == "epoch"
         history.append({"epoch": epoch, "layers": layers.tolist() if one_map else None,
                         "seconds": seconds, "examples_per_second": len(data) / seconds}
@@ -360,8 +369,8 @@ def summed(tensor, what):
 # ---- 4. The teacher's outputs ------------------------------------------------------------------
 # A frozen teacher gives the same outputs in every epoch, and RAIL-KD needs only its logits and one
 # pooled vector per layer. So it runs over the training data once, and the loop looks its outputs
-# up. A step costs about three forward passes of the student (the backward pass counts two); a live
-# teacher, n/m times as deep, would add n/m in every epoch. Since only sentence vectors are
+# up. A step costs about three forward passes of the student (the backward pass counts as two); a
+# live teacher, n/m times as deep, would add n/m more to every step. Since only sentence vectors are
 # compared, the two may differ in width, architecture and even tokenizer.
 
 
@@ -397,7 +406,8 @@ def teacher_table(teacher, data, tokenizer, settings, place):
     name is a hash of all it depends on: tokens, weights, configuration, pooling. Raises ValueError
     where the disk has too little space."""
     name = fingerprint(data.remove_columns("label"), str(teacher.config), tokenizer.padding_side,
-                       settings.precision, mean_pool.__code__, *teacher.state_dict().values())
+                       settings.precision, mean_pool.__code__, outputs_of.__code__,
+                       *teacher.state_dict().values())
     shape = len(data), teacher.config.num_hidden_layers, teacher.config.hidden_size
     folder, size = place / f"table-{name}", int(np.prod(shape))
     done = from_rank_0((folder / "logits.pt").exists())        # it is written last
@@ -407,14 +417,14 @@ def teacher_table(teacher, data, tokenizer, settings, place):
     pooled = torch.from_file(str(folder / "pooled.bin"), True, size, dtype=torch.half).view(shape)
     if not done:
         print(f"The teacher runs once; {2e-6 * size:,.1f} MB of outputs go to {folder}")
-        found = torch.from_numpy(predict(teacher, data, tokenizer, settings.precision, pooled))
-        save(folder / "logits.pt", lambda part: torch.save(found, part))
+        logits = torch.from_numpy(predict(teacher, data, tokenizer, settings.precision, pooled))
+        save(folder / "logits.pt", lambda part: torch.save(logits, part))
     logits = torch.load(folder / "logits.pt", weights_only=True)
 
     def teacher_outputs(rows, layers):             # layers is None for a mapping without RAIL
         # One joint index: pooled[rows][:, layers - 1] would read all layers of a row first.
-        found = pooled[np.ix_(rows, [] if layers is None else np.subtract(layers, 1))]
-        return logits[rows].to(teacher.device), found.to(teacher.device).float()
+        vectors = pooled[np.ix_(rows, [] if layers is None else np.subtract(layers, 1))]
+        return logits[rows].to(teacher.device), vectors.to(teacher.device).float()
     return teacher_outputs
 
 
@@ -439,10 +449,11 @@ def toy_teacher(seed, num_layers=12):
 
 
 def load_classifier(name, feature, seed, role):
-    """(model, tokenizer, trained) from a hub name or a folder, with the outputs of the data.
-    An encoder that was only pretrained gets a new classifier, drawn from the seed, and `trained`
-    is False. So does a student (`role`) of other classes. No name means the toy's teacher.
-    `feature` is the type of the label column. Raises ValueError where nothing that fits is there.
+    """(model, tokenizer, trained) from a hub name or a folder, with one output for each class of
+    the data (one for a regression). An encoder that was only pretrained gets a new classifier,
+    drawn from the seed, and `trained` is False. So does a student (`role`) of other classes. No
+    name means the toy's teacher. `feature` is the type of the label column. Raises ValueError where
+    nothing that fits is there.
     """
     if name is None:
         return *toy_teacher(seed), False
@@ -473,6 +484,7 @@ def use_labels(model, feature):
     # Upper and lower case may differ, unless they alone tell the classes apart.
     fold = str.lower if len(set(map(str.lower, names))) == len(names) else str
     own = [fold(config.id2label[i]) for i in range(len(names))]
+    # order[i] is the model's output for class i of the data.
     order = [own.index(name) for name in map(fold, names) if name in own]
     if order != sorted(order) and len(order) == len(names):    # the same names, in another order
         head = [x for x in model.modules() if getattr(x, "out_features", 0) == len(names)][-1]
@@ -484,9 +496,9 @@ def use_labels(model, feature):
 def build_student(teacher, num_layers):
     """A student cut from its teacher: `num_layers` of its layers, weights copied, nothing shared.
     The teacher has n layers in one nn.ModuleList. Student layer i is its layer round(i*n/m), so the
-    last one feeds the classifier as the teacher's last one does. Returns a model of the same class,
-    in train mode, with gradients, on the CPU. Raises ValueError for more layers than the teacher
-    has, or fewer than 1, and for an architecture that can't be cut."""
+    student's last layer, like the teacher's, feeds the classifier. Returns a model of the same
+    class, in train mode, with gradients, on the CPU. Raises ValueError for more layers than the
+    teacher has, or fewer than 1, and for an architecture that can't be cut."""
     n, cut = teacher.config.num_hidden_layers, copy.deepcopy(teacher)
     if not 1 <= num_layers <= n:
         raise ValueError(f"{num_layers} layers can't be cut from a teacher of {n}: choose 1 to {n}")
@@ -505,10 +517,10 @@ def build_student(teacher, num_layers):
 
 
 def prepare(model, tokenizer, sets, settings, role):
-    """All data as the tokens of one model, which gets the data's labels, after the longest and the
-    shortest input went through. Raises ValueError, before anything slow begins, where the method
-    can't use the model: no attention mask, hidden states that are missing or of another shape, too
-    few positions, a precision that it can't compute in."""
+    """Encodes all data for one model, gives the model the data's labels, and tries its shortest and
+    its longest input. Raises ValueError, before anything slow begins, where the method can't use
+    the model: no attention mask, hidden states that are missing or of another shape, too few
+    positions, a precision that it can't compute in."""
     model.to(settings.device)
     hint = "" if settings.precision == "fp32" else ", --precision fp32 may help"
     with refuse(f"the {role}, a {type(model).__name__}, can't be used{hint}"):
@@ -516,9 +528,9 @@ def prepare(model, tokenizer, sets, settings, role):
         if "attention_mask" not in sets["train"].column_names:
             raise ValueError("it has no attention mask, so padding would count as text")
         use_labels(model, sets["train"].features["label"])
-        two = sets["train"].select(np.argsort(lengths_of(sets["train"]))[[0, -1]])
+        ends = sets["train"].select(np.argsort(lengths_of(sets["train"]))[[0, -1]])
         pooled = torch.zeros(2, model.config.num_hidden_layers, model.config.hidden_size)
-        predict(model, two, tokenizer, settings.precision, pooled)
+        predict(model, ends, tokenizer, settings.precision, pooled)
     return sets
 
 
@@ -544,10 +556,11 @@ MISSING, UNSCORED = ("", "NA", "N/A", "NaN", "nan", "null"), ("train", "teacher_
 def toy_sentences(seed, sizes):
     """Short reviews in which the words alone do not decide the label: a Dataset for each size.
 
-    "Although the plot is very clever, the acting is hardly moving" is negative: the main clause
-    decides. Word order shows which one that is, and a negation turns it round, so counting words
-    says little. Sentences of one clause are a stepping stone for a deep model that starts from
-    random weights. All sentences differ, and they depend on the seed alone.
+    "Although the plot is very clever, the acting is hardly moving" is negative: the clause without
+    "although" decides, or the one after "but" or "yet". Word order shows which one that is, and a
+    negation turns it round, so counting words says little. Sentences of one clause are a stepping
+    stone for a deep model that starts from random weights. All sentences differ, and they depend on
+    the seed alone.
     """
     rng, found = np.random.default_rng([seed, 0x7071]), {}    # found: sentence -> label, in order
     while len(found) < sum(sizes):
@@ -567,8 +580,8 @@ def toy_sentences(seed, sizes):
 def read_file(path, train=None):
     """A file of CSV or JSON lines -> Dataset with sentence1, maybe sentence2, and label.
 
-    Sorted names are classes, and so are whole numbers; any decimal makes a regression. A further
-    file has the columns and labels of `train`, or gives a class by its number: 0 for "negative".
+    Names become classes in sorted order, as do whole numbers; a single decimal makes a regression.
+    A further file has the columns and labels of `train`, or numbers its classes: 0 for "negative".
     Raises ValueError. `datasets.load_dataset` would take [ and * in a path for a pattern, rewrite
     007 as 7, and give old rows for a new file with the old time stamp.
     """
@@ -662,8 +675,8 @@ def fingerprint(data, *more):
 
 
 def correlation(a, b, method="pearson"):
-    """Of two arrays (N,); 0 where one is constant: it tells nothing then. Spearman's is Pearson's
-    of the ranks, and equal values share the mean of their ranks."""
+    """Correlation of two arrays (N,); 0 if either is constant, where it is undefined. Spearman's is
+    Pearson's of the ranks, and equal values share the mean of their ranks."""
     table = datasets.Dataset.from_dict({"a": a, "b": b}).to_pandas()
     return float(table.corr(method).fillna(0).loc["a", "b"])
 
@@ -679,7 +692,8 @@ def compute_metrics(logits, labels, task=None, teacher_logits=None):
     if logits.shape[1] == 1:
         return {"pearson": correlation(logits[:, 0], labels),
                 "spearmanr": correlation(logits[:, 0], labels, "spearman")} | loss
-    predicted = logits.argmax(axis=1)              # (N,); F1 and Matthews are for classes 0 and 1
+    # (N,); F1 and Matthews are for two classes, 0 and 1, and Matthews is their Pearson correlation.
+    predicted = logits.argmax(axis=1)
     values = {"accuracy": np.mean(predicted == labels),
               "f1": 2 * np.sum(predicted * labels) / max(np.sum(predicted + labels), 1),
               "matthews_correlation": correlation(predicted, labels)}
@@ -716,7 +730,7 @@ def costs(model, sets, tokenizer, settings):
 
 
 def warn_of_weak_teacher(logits, labels):
-    """Says so where a teacher knows no more than the largest class, or the mean of a regression."""
+    """Warns if a teacher does no better than always the largest class, or a regression's mean."""
     error, floor = np.mean((logits[:, 0] - labels) ** 2), labels.var()
     if logits.shape[1] > 1:
         error = np.mean(logits.argmax(axis=1) != labels)
@@ -741,13 +755,13 @@ class Settings:
 
     task: Literal[("toy", *GLUE)] | None = option(None, "The toy (default), or a task of GLUE.")
     train_file: str | None = option(None, "CSV or JSON lines: sentence, maybe sentence2, label.")
-    validation_file: str | None = option(None, "Own validation data with the same columns.")
+    validation_file: str | None = option(None, "Your validation data, same columns.")
     eval_file: list[str] = option(list, "Further files to score, such as text of another domain.")
     max_train_examples: int | None = option(None, "Draw this many training examples (toy: make).")
     max_length: int = option(128, "Cut longer inputs to this many tokens.")
     teacher: str | None = option(None, "Folder or hub name (default: BERT-base, or the toy's).")
     teacher_epochs: int | None = option(None, "To fine-tune it, if needed (default: 3, toy 5).")
-    student_layers: int | None = option(None, "Cut so many from the teacher (default: a third).")
+    student_layers: int | None = option(None, "Keep so many of the teacher's (default: a third).")
     student: str | None = option(None, "Instead: folder or hub name of a student of any kind.")
     mapping: Literal["random", "skip", "last", "attention", "none", "finetune"] = option(
         "random", "Teacher layers: drawn, evenly spaced, last, all; none: CE and KD; finetune: CE.")
@@ -763,7 +777,7 @@ class Settings:
     learning_rate: float | None = option(None, "Peak rate of AdamW (default: 5e-5, toy 5e-4).")
     seed: int = option(0, "Everything random comes from it.")
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: CUDA, MPS or CPU.")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "auto: half on CUDA.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "auto: half (CUDA), fp32.")
     output_dir: str | None = option(None, "New folder for the results (default: one in runs/).")
     resume: str | None = option(None, "Folder of a run to finish; beside it, device and precision.")
 
@@ -789,8 +803,8 @@ class Settings:
                                            if getattr(self, name) in (None, "auto")})
         name = f"{new.task or Path(new.train_file or '').stem}-{new.mapping}-seed{new.seed}"
         out = new.output_dir or f"runs/{name}-{time.time():.0f}-{os.getpid()}"
-        kept = {"none": [1.0, 1.0, 0.0], "finetune": [1.0, 0.0, 0.0]}.get(new.mapping, [1.0] * 3)
-        share = combined_loss(*kept, new.weights)  # of the losses that this mapping has
+        used = {"none": [1.0, 1.0, 0.0], "finetune": [1.0, 0.0, 0.0]}.get(new.mapping, [1.0] * 3)
+        share = combined_loss(*used, new.weights)  # the weight of the losses in use; checks all
         wrong = [text for text, is_so in {
             f"--device {device} --precision {self.precision} is not available here":
                 device not in (best.type, "cpu") or new.precision not in kinds,
@@ -805,7 +819,7 @@ class Settings:
         if wrong:
             raise ValueError("; ".join(wrong))
         if new.mapping in ("none", "finetune"):
-            new.weights = [weight * used / share for weight, used in zip(new.weights, kept)]
+            new.weights = [weight * use / share for weight, use in zip(new.weights, used)]
         return dataclasses.replace(new, output_dir=out)
 
 
@@ -816,8 +830,8 @@ def run(settings):
     """From Settings to a student on disk; returns what metrics.json holds.
 
     Its folder also holds student/ and, if it was fine-tuned here, teacher/, as transformers'
-    pipeline loads them; *.pt is the state after the last epoch. A resumed run does the same again
-    and finds what is there. Raises ValueError, OSError or FloatingPointError, with a sentence.
+    pipeline loads them; *.pt is the state after the last epoch. A resumed run repeats these steps
+    and reuses what it finds. Raises ValueError, OSError or FloatingPointError, with a sentence.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -831,17 +845,18 @@ def run(settings):
         print(f"{out} is finished already.")
         return results
 
-    # 1. Data and models. What is wrong with them shows here, before anything is slow or written.
+    # Data and models. What is wrong with them shows here, before anything is slow or written.
     sets = load_task(settings)
     feature = sets["train"].features["label"]
     source = str(out / "teacher") if (out / "teacher").is_dir() else settings.teacher
     teacher, tokenizer, trained = load_classifier(source, feature, settings.seed, "teacher")
     n = teacher.config.num_hidden_layers
     if settings.student:
-        student, words, _ = load_classifier(settings.student, feature, settings.seed, "student")
+        student, student_tokenizer, _ = load_classifier(
+            settings.student, feature, settings.seed, "student")
     else:
         settings.student_layers = settings.student_layers or min(n, max(n // 3, 2))
-        student, words = build_student(teacher, settings.student_layers), tokenizer
+        student, student_tokenizer = build_student(teacher, settings.student_layers), tokenizer
     m, rail = student.config.num_hidden_layers, None
     if settings.mapping not in ("none", "finetune"):
         if not 2 <= m <= n:
@@ -851,10 +866,11 @@ def run(settings):
         rail = RailLoss(teacher.config.hidden_size, student.config.hidden_size, m - 1, variant,
                         settings.projection_size, settings.centre).to(settings.device)
     teacher_sets = prepare(teacher, tokenizer, sets, settings, "teacher")
-    student_sets = prepare(student, words, sets, settings, "student")
-    teacher_side, student_side = (teacher, teacher_sets, tokenizer), (student, student_sets, words)
+    student_sets = prepare(student, student_tokenizer, sets, settings, "student")
+    teacher_side = teacher, teacher_sets, tokenizer
+    student_side = student, student_sets, student_tokenizer
 
-    # 2. A folder, claimed by a file that only one run can create. From here on, --resume works.
+    # A folder, claimed by a file that only one run can create. From here on, --resume works.
     results["settings"] = dataclasses.asdict(settings) | {"resume": None}
     results["versions"] = {x.__name__: x.__version__ for x in (torch, transformers, datasets, np)}
     results["device"] = f"{settings.device}, {torch.get_num_threads()} threads x {processes()[1]}"
@@ -870,8 +886,9 @@ def run(settings):
 
     def after_epoch(part, side, history, layers):
         """Adds the scores of an epoch to its record, prints a line, and updates metrics.json."""
-        part["epochs"], last, scores = history, history[-1], score(*side, settings, logits)
+        scores, last = score(*side, settings, logits), history[-1]
         last |= scores
+        part["epochs"] = history
         if layers is not None:
             _, pooled = table(range(min(256, len(sets["train"]))), layers)
             t = F.normalize(rail.project(rail.teacher_proj, pooled), dim=-1).detach()
@@ -885,7 +902,7 @@ def run(settings):
               f"{last['examples_per_second']:,.0f} examples/s")
         save_json(out / "metrics.json", results)
 
-    # 3. The teacher. One without a trained classifier is fine-tuned first, by the same loop.
+    # The teacher. One without a trained classifier is fine-tuned first, by the same loop.
     logits, table = {}, None                       # the teacher's, of the sets that are scored
     if not trained:
         print("The teacher has no trained classifier yet, so it is fine-tuned first:")
@@ -896,7 +913,7 @@ def run(settings):
               lambda *epoch: after_epoch(results["teacher"], teacher_side, *epoch))
         save(out / "teacher", lambda part: [x.save_pretrained(part) for x in (teacher, tokenizer)])
         print(f"It can be used again with --teacher {shlex.quote(str(out / 'teacher'))}")
-        # From here on as with any teacher that is already there.
+        # Starts over as a resumed run, which finds out/teacher and uses it like any other.
         return run(Settings(resume=str(out), device=settings.device, precision=settings.precision))
     teacher.requires_grad_(False)                  # from here on it is frozen
     logits = {name: predict(teacher, data, tokenizer, settings.precision)
@@ -904,19 +921,21 @@ def run(settings):
     warn_of_weak_teacher(logits["validation"], np.array(sets["validation"]["label"]))
     results["teacher"] |= score(*teacher_side, settings) | costs(*teacher_side, settings)
 
-    # 4. The loop that brings teacher, student and projections together.
+    # The loop that brings teacher, student and projections together.
     if settings.mapping != "finetune":
         place = Path(source) if os.access(source, os.W_OK) else out
         table = teacher_table(teacher, teacher_sets["train"], tokenizer, settings, place)
     print("The student learns:")
-    train(Distiller(student, rail, settings), student_sets["train"], words, settings,
+    train(Distiller(student, rail, settings), student_sets["train"], student_tokenizer, settings,
           out / "student.pt", lambda *epoch: after_epoch(results, student_side, *epoch), table, n)
     results["student"] |= score(*student_side, settings, logits) | costs(*student_side, settings)
-    found, own = results["teacher"]["evaluation"], results["student"]["evaluation"]
-    results["evaluation"] = {path: {"teacher": found[path], "student": own[path]} for path in own}
+    results["evaluation"] = {
+        path: {role: results[role]["evaluation"][path] for role in ("teacher", "student")}
+        for path in settings.eval_file}
     save_json(out / "metrics.json", results)
     # Last, since it is the mark of a finished run. A pipeline needs weights and tokenizer.
-    save(out / "student", lambda part: [x.save_pretrained(part) for x in (student, words)])
+    parts = student, student_tokenizer
+    save(out / "student", lambda part: [x.save_pretrained(part) for x in parts])
     metric = next(iter(results["student"]))
     print(f"\n         layers  parameters  megabytes  ms per sentence  {metric}")
     for role in ("teacher", "student"):
@@ -976,10 +995,10 @@ def load_state(file, parts, data):
     """Puts the state that `train` left in `file`, if any, into its parts; returns the history."""
     if not file.exists():
         return []
-    with refuse(f"{file} is no state of this run: delete it to train from the start"):
+    with refuse(f"{file} is not a state of this run: delete it to train from the start"):
         state = torch.load(file, map_location="cpu", weights_only=True)       # never runs code
         if state["data"] != fingerprint(data):
-            raise ValueError("the training data are not those that it began with")
+            raise ValueError("the training data have changed since it began")
         for name in filter(state.get, parts):      # the scaler's is empty, except in fp16
             parts[name].load_state_dict(state[name])
     return state["history"]
