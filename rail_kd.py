@@ -629,10 +629,10 @@ def load_task(settings):
         sets = {"train": noisy, "teacher_train": teacher_train, "validation": validation}
     elif settings.task:
         with refuse(f"{settings.task} can't be loaded from the hub (--task toy needs none)"):
-            splits = datasets.load_dataset("nyu-mll/glue", settings.task).remove_columns("idx")
-        texts = [name for name in splits["train"].column_names if name != "label"]
+            splits = datasets.load_dataset("nyu-mll/glue", settings.task)
+        texts = [x for x in splits["train"].column_names if x not in ("label", "idx")]
         texts = dict(zip(texts, ("sentence1", "sentence2")))
-        sets = {name.replace("_matched", ""): data.rename_columns(texts)
+        sets = {name.replace("_matched", ""): data.rename_columns(texts).remove_columns("idx")
                 for name, data in splits.items() if not name.startswith("test")}
     for name, path in (files | {path: path for path in settings.eval_file}).items():
         if path:
