@@ -22,9 +22,8 @@ by a trained linear layer, and scaled to length 1. RAIL is their mean squared di
     python rail_kd.py --task toy --student-layers 4        # two minutes on a laptop, offline
     python rail_kd.py --task sst2 --student-layers 4       # BERT-base, cut from 12 layers to 4
 
-The toy ends with these lines (1←3: student layer 1 learned from teacher layer 3 in that epoch):
+The toy ends with this table:
 
-      epoch  8  1←3 2←8 3←11  ce 0.7655  kd 0.1946  rail 0.0591  accuracy 1.0000  1,283 examples/s
              layers  parameters  megabytes  ms per sentence  accuracy
     teacher      12     413,122        1.7             6.57  1.0000
     student       4     145,346        0.6             2.87  1.0000
@@ -44,7 +43,7 @@ re-implementations (aitsc/GLMKD and TKC002/CILDA-plus-minILD). Who decided what:
     temperature 2 (the factor T^2 is standard)                                ours (theirs: 10, 1)
     10 epochs, learning rate 5e-5, a tenth of the steps is warm-up            ours (one: 20, 2e-5)
     the student starts from evenly spaced layers of its teacher               ours
-    --centre rules out the trivial solution of section 2; off by default      ours
+    --centre against the trivial solution of section 2; off by default        ours
 
 Letters: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for a
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
@@ -75,8 +74,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 #   means agree: student layer 1's most likely partner is teacher layer 1, and the map 3, 6, 9 is
 #   one of 165 that are equally likely.
 #
-#   All layers teach, though each step costs only k pairs. For 12 -> 4, a layer sits out one epoch
-#   with probability 1 - k/(n-1) = 72.7 %, all of 5 epochs with 20.3 %, all of 10 with 4.1 %.
+#   Nearly all layers teach, though each step costs only k pairs. For 12 -> 4, a layer sits out one
+#   epoch with probability 1 - k/(n-1) = 72.7 %, 5 epochs with 20.3 %, 10 epochs with 4.1 %.
 
 
 def sample_layer_map(num_teacher_layers, num_student_layers, rng):
@@ -102,9 +101,9 @@ def sample_layer_map(num_teacher_layers, num_student_layers, rng):
 
 def choose_layers(settings, n, m, epoch, step=0):
     """The teacher layers of an epoch, as `settings.mapping` says: int array (k,), or None.
-    Only the map changes: `skip` and `last` are those of PKD (Sun et al. 2019), `attention`, all n-1
-    candidates for each student layer, that of ALP-KD (Passban et al. 2021). Pooling, projection and
-    loss stay, so they are not the full recipes of those papers."""
+    The other methods lend only their map: `skip` and `last` are those of PKD (Sun et al. 2019),
+    `attention`, all n-1 candidates for each student layer, that of ALP-KD (Passban et al. 2021).
+    Pooling, projection and loss stay, so they are not the full recipes of those papers."""
     if settings.mapping == "random":
         # Not one generator for the whole run: a resumed run would go on with other layers.
         key = [settings.seed, epoch, step if settings.resample == "step" else 0]
@@ -118,15 +117,15 @@ def choose_layers(settings, n, m, epoch, step=0):
 #   student: k layers (B, S, d_s) - mean -> (B, k, d_s) - student_proj -> (B, k, u) - unit -> s
 #   teacher: k layers (B, S, d_t) - mean -> (B, k, d_t) - teacher_proj -> (B, k, u) - unit -> t
 #
-#   RAIL = mean over the batch of  sum_i a_i * || s_i - t_i ||^2,  with a_i = 1/k
+#   RAIL = mean over the batch and the k pairs of || s_i - t_i ||^2
 #
 # Between unit vectors || s - t ||^2 = 2 - 2 cos(s, t): 0 for equal directions, 4 for opposite ones.
 #
 # The trivial solution. Both projections are trained, so the loss also falls when both send every
 # sentence in one direction: it is near 0 but teaches nothing. A low loss does not show this; the
 # mean cosine c of *different* sentences after the teacher's projection does. One vector for all
-# sentences then brings the loss down to about 2 - 2 sqrt(c). Centring rules this out: the batch
-# mean, what all sentences share, is subtracted from each side before it gets unit length.
+# sentences then brings the loss down to about 2 - 2 sqrt(c). Centring rules out one shared
+# direction: the mean over the batch is subtracted from each side before it gets unit length.
 
 
 def mean_pool(hidden_states, attention_mask):
@@ -158,7 +157,8 @@ class RailLoss(nn.Module):
     The projections are trained with the student and thrown away afterwards.
 
     Args: teacher_dim, student_dim, num_pairs, projection_size: d_t, d_s, k, u; centre: subtract
-        the batch mean from both sides, so that a batch of one has loss 0.
+        the mean over the batch from both sides, so that a batch of one has loss 0 (of several
+        processes, each takes the mean over its own part of a batch).
     Raises: ValueError for an unknown variant, or a size below 1."""
 
     def __init__(self, teacher_dim, student_dim, num_pairs, variant="layerwise",
@@ -193,11 +193,12 @@ class RailLoss(nn.Module):
         Raises: ValueError for a side without exactly k rows (with attention: the student's side),
             or batches of different size."""
         ### BEGIN SOLUTION
+        B, k = len(teacher_pooled), self.num_pairs
         # Attention has no map: its teacher side may have any number of rows.
-        k = self.num_pairs if self.variant == "attention" else teacher_pooled.shape[1]
-        if k != self.num_pairs or student_pooled.shape[:2] != (len(teacher_pooled), k):
+        paired = self.variant == "attention" or teacher_pooled.shape[1] == k
+        if not paired or student_pooled.shape[:2] != (B, k):
             raise ValueError(f"student {student_pooled.shape} and teacher {teacher_pooled.shape} "
-                             f"do not make {self.num_pairs} pairs of layers for each sentence")
+                             f"do not make {k} pairs of layers for each sentence")
         s = self.project(self.student_proj, student_pooled)            # (B, k, u); concat: (B, u)
         t = self.project(self.teacher_proj, teacher_pooled.detach())   # attention: (B, n-1, u)
         if self.variant == "attention":
@@ -234,7 +235,8 @@ def kd_loss(student_logits, teacher_logits, temperature):
 
 
 def combined_loss(ce, kd, rail, weights):
-    """The objective l1 * CE + l2 * KD + l3 * RAIL, a scalar: equation (4) of the paper.
+    """The objective l1 * CE + l2 * KD + l3 * RAIL, a scalar. Both re-implementations have it, and
+    the paper as its equation (4).
 
     Args: ce, kd, rail: scalars, tensors (gradients flow back) or plain numbers; weights
         (l1, l2, l3), each >= 0, together 1.
@@ -258,8 +260,8 @@ class Distiller(nn.Module):
         self.student, self.rail, self.settings = student, rail, settings
 
     def forward(self, batch, teacher_logits=None, teacher_pooled=None):
-        """CE, KD, RAIL and their weighted sum (4,) of a batch {input_ids (B, S), ..., labels (B,)}
-        and the teacher's outputs for it: logits (B, C), pooled layers (B, k, d_t). KD without
+        """CE, KD, RAIL and their weighted sum, (4,). batch: {input_ids (B, S), ..., labels (B,)};
+        the teacher's outputs for it: logits (B, C), pooled layers (B, k, d_t). KD without
         teacher logits is 0, and so is RAIL without projections."""
         logits, pooled = outputs_of(self.student, batch, self.settings.precision, bool(self.rail))
         ce = label_loss(logits, batch["labels"])
@@ -283,6 +285,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
     m, lengths = student.config.num_hidden_layers, lengths_of(data)
     steps = math.ceil(len(data) / settings.batch_size) * settings.epochs
     # New projections start from random numbers, so they may have a learning rate of their own.
+    # The children are the student and, unless it is None, rail.
     rates = [settings.learning_rate, settings.projection_learning_rate or settings.learning_rate]
     groups = [{"params": x.parameters(), "lr": r} for x, r in zip(distiller.children(), rates)]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
@@ -292,7 +295,8 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
     scaler = torch.amp.GradScaler(student.device.type, enabled=settings.precision == "fp16")
     parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     history = load_state(state_file, parts, data)
-    model, quiet = distiller, rank > 0 or None     # None: a bar where stderr is a terminal
+    model = distiller
+    quiet = rank > 0 or None               # None: a progress bar where stderr is a terminal
     if world > 1:                          # XLNet, say, has weights that a classifier never uses
         model = nn.parallel.DistributedDataParallel(distiller, find_unused_parameters=True)
 
@@ -306,8 +310,8 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
         for step, rows in enumerate(tqdm(order, f"epoch {epoch}", leave=False, disable=quiet)):
             if settings.resample == "step":
                 layers = choose_layers(settings, n, m, epoch, step)
-            own = rows[rank::world]                # the share of this process, perhaps none:
-            factor, own = len(own) / len(rows), own or rows[:1]    # then any row, with weight 0
+            own = rows[rank::world]                # the share of this process
+            factor, own = len(own) / len(rows), own or rows[:1]    # no share: any row, weight 0
             targets = () if teacher_outputs is None else teacher_outputs(own, layers)
             losses = model(make_batch(data, tokenizer, own, student.device), *targets)
             # The last one is minimised. DDP takes the mean of the gradients, hence `world`.
@@ -361,8 +365,8 @@ def summed(tensor, what):
     if processes()[1] > 1:
         torch.distributed.all_reduce(tensor)
     if not torch.isfinite(tensor).all():
-        raise FloatingPointError(f"NaN or infinity in {what}: the model is broken, or a lower "
-                                 "--learning-rate or --precision fp32 helps")
+        raise FloatingPointError(f"NaN or infinity in {what}: try a lower --learning-rate or "
+                                 "--precision fp32, or check the model")
     return tensor
 
 
@@ -451,9 +455,9 @@ def toy_teacher(seed, num_layers=12):
 def load_classifier(name, feature, seed, role):
     """(model, tokenizer, trained) from a hub name or a folder, with one output for each class of
     the data (one for a regression). An encoder that was only pretrained gets a new classifier,
-    drawn from the seed, and `trained` is False. So does a student (`role`) of other classes. No
-    name means the toy's teacher. `feature` is the type of the label column. Raises ValueError where
-    nothing that fits is there.
+    drawn from the seed, and `trained` is False. The same holds for a student (`role`) with other
+    classes. No name means the toy's teacher. `feature` is the type of the label column. Raises
+    ValueError if no suitable model can be loaded.
     """
     if name is None:
         return *toy_teacher(seed), False
@@ -581,7 +585,7 @@ def read_file(path, train=None):
     """A file of CSV or JSON lines -> Dataset with sentence1, maybe sentence2, and label.
 
     Names become classes in sorted order, as do whole numbers; a single decimal makes a regression.
-    A further file has the columns and labels of `train`, or numbers its classes: 0 for "negative".
+    Later files need the columns and labels of `train`, or class numbers: 0 for "negative".
     Raises ValueError. `datasets.load_dataset` would take [ and * in a path for a pattern, rewrite
     007 as 7, and give old rows for a new file with the old time stamp.
     """
@@ -615,9 +619,9 @@ def read_file(path, train=None):
 def load_task(settings):
     """All data of a task, as text: {"train": ..., "validation": ..., file name: ...}.
 
-    Everything is scored but "train", and the toy's "teacher_train": eight times as many sentences,
-    others, without wrong labels. MNLI has "validation_mismatched" too. GLUE's test splits are left
-    out: their labels are all -1. Raises ValueError for a hub out of reach, or an unusable file.
+    Everything is scored but "train", and the toy's "teacher_train": eight times as many other
+    sentences, all labelled correctly. MNLI has "validation_mismatched" too. GLUE's test splits are
+    left out: their labels are all -1. Raises ValueError for a hub out of reach, or a bad file.
     """
     files = {"train": settings.train_file, "validation": settings.validation_file}
     sets, size = {}, settings.max_train_examples
@@ -730,13 +734,13 @@ def costs(model, sets, tokenizer, settings):
 
 
 def warn_of_weak_teacher(logits, labels):
-    """Warns if a teacher does no better than always the largest class, or a regression's mean."""
+    """Warns if a teacher is no better than always predicting the largest class (or the mean)."""
     error, floor = np.mean((logits[:, 0] - labels) ** 2), labels.var()
     if logits.shape[1] > 1:
         error = np.mean(logits.argmax(axis=1) != labels)
         floor = 1 - np.bincount(labels).max() / len(labels)
     if error >= floor:
-        print(f"\n!!! The teacher's error is {error:.3g}; without reading the text, {floor:.3g}. "
+        print(f"\n!!! The teacher's error is {error:.3g}; guessing gives {floor:.3g}. "
               "It is weak, or its labels mean something else.\n")
 
 
@@ -761,7 +765,7 @@ class Settings:
     max_length: int = option(128, "Cut longer inputs to this many tokens.")
     teacher: str | None = option(None, "Folder or hub name (default: BERT-base, or the toy's).")
     teacher_epochs: int | None = option(None, "To fine-tune it, if needed (default: 3, toy 5).")
-    student_layers: int | None = option(None, "Keep so many of the teacher's (default: a third).")
+    student_layers: int | None = option(None, "Keep so many teacher layers (default: a third).")
     student: str | None = option(None, "Instead: folder or hub name of a student of any kind.")
     mapping: Literal["random", "skip", "last", "attention", "none", "finetune"] = option(
         "random", "Teacher layers: drawn, evenly spaced, last, all; none: CE and KD; finetune: CE.")
@@ -779,7 +783,7 @@ class Settings:
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: CUDA, MPS or CPU.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "auto: half (CUDA), fp32.")
     output_dir: str | None = option(None, "New folder for the results (default: one in runs/).")
-    resume: str | None = option(None, "Folder of a run to finish; beside it, device and precision.")
+    resume: str | None = option(None, "Finish the run in this folder; may add device, precision.")
 
     def resolve(self):
         """A copy with all defaults filled in and all values checked. Raises ValueError."""
@@ -787,7 +791,7 @@ class Settings:
             low, flag = {"seed": -1, "max_length": 3}.get(name, 0), name.replace("_", "-")
             # NaN is refused, too: it is neither more nor less than anything.
             if value in ("", [""]) or (type(value) in (int, float) and not low < value < 2 ** 63):
-                raise ValueError(f"--{flag} {value!r} is empty, not finite or not more than {low}")
+                raise ValueError(f"--{flag} {value!r} must be finite, above {low} and not empty")
         own_files = [self.train_file, self.validation_file]
         toy = self.task in (None, "toy") and own_files == [None, None]
         best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -803,21 +807,25 @@ class Settings:
                                            if getattr(self, name) in (None, "auto")})
         name = f"{new.task or Path(new.train_file or '').stem}-{new.mapping}-seed{new.seed}"
         out = new.output_dir or f"runs/{name}-{time.time():.0f}-{os.getpid()}"
+        # The weights of losses that are not used are dropped; the others are scaled to sum 1.
         used = {"none": [1.0, 1.0, 0.0], "finetune": [1.0, 0.0, 0.0]}.get(new.mapping, [1.0] * 3)
         share = combined_loss(*used, new.weights)  # the weight of the losses in use; checks all
-        wrong = [text for text, is_so in {
+        conflicts = {                              # each message, and when it applies
             f"--device {device} --precision {self.precision} is not available here":
                 device not in (best.type, "cpu") or new.precision not in kinds,
             "--task and own files exclude each other": new.task and own_files != [None, None],
             "--train-file and --validation-file belong together": own_files.count(None) == 1,
             "--student and --student-layers exclude each other": new.student and new.student_layers,
-            "attention is always layerwise": (new.mapping, new.variant) == ("attention", "concat"),
+            "--mapping attention needs --variant layerwise":
+                new.mapping == "attention" and new.variant == "concat",
             f"--mapping {new.mapping} leaves nothing to learn from": share == 0,
-            "the toy makes at most 100000 examples": toy and (new.max_train_examples or 0) > 1e5,
-            f"--output-dir {out} is not empty": not new.resume and any(Path(out).glob("*"))
-        }.items() if is_so]
-        if wrong:
-            raise ValueError("; ".join(wrong))
+            "--max-train-examples: the toy makes at most 100000":
+                toy and (new.max_train_examples or 0) > 100_000,
+            f"--output-dir {out} is in use: name a new folder":
+                not new.resume and any(Path(out).glob("*"))}
+        found = [text for text, applies in conflicts.items() if applies]
+        if found:
+            raise ValueError("; ".join(found))
         if new.mapping in ("none", "finetune"):
             new.weights = [weight * use / share for weight, use in zip(new.weights, used)]
         return dataclasses.replace(new, output_dir=out)
@@ -831,7 +839,8 @@ def run(settings):
 
     Its folder also holds student/ and, if it was fine-tuned here, teacher/, as transformers'
     pipeline loads them; *.pt is the state after the last epoch. A resumed run repeats these steps
-    and reuses what it finds. Raises ValueError, OSError or FloatingPointError, with a sentence.
+    and reuses what it finds. Raises ValueError, OSError or FloatingPointError, each with a
+    message for the user.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -845,7 +854,7 @@ def run(settings):
         print(f"{out} is finished already.")
         return results
 
-    # Data and models. What is wrong with them shows here, before anything is slow or written.
+    # Data and models. Problems show here, before anything slow runs or is written.
     sets = load_task(settings)
     feature = sets["train"].features["label"]
     source = str(out / "teacher") if (out / "teacher").is_dir() else settings.teacher
@@ -870,7 +879,7 @@ def run(settings):
     teacher_side = teacher, teacher_sets, tokenizer
     student_side = student, student_sets, student_tokenizer
 
-    # A folder, claimed by a file that only one run can create. From here on, --resume works.
+    # Claim the folder with a file that only one run can create. From here on, --resume works.
     results["settings"] = dataclasses.asdict(settings) | {"resume": None}
     results["versions"] = {x.__name__: x.__version__ for x in (torch, transformers, datasets, np)}
     results["device"] = f"{settings.device}, {torch.get_num_threads()} threads x {processes()[1]}"
@@ -884,9 +893,11 @@ def run(settings):
               f"mapping {settings.mapping}, {settings.epochs} epochs in {settings.precision} on "
               f"{settings.device}; results go to {out}")
 
+    teacher_logits, table = {}, None               # after_epoch reads them once they are filled
+
     def after_epoch(part, side, history, layers):
         """Adds the scores of an epoch to its record, prints a line, and updates metrics.json."""
-        scores, last = score(*side, settings, logits), history[-1]
+        scores, last = score(*side, settings, teacher_logits), history[-1]
         last |= scores
         part["epochs"] = history
         if layers is not None:
@@ -894,31 +905,30 @@ def run(settings):
             t = F.normalize(rail.project(rail.teacher_proj, pooled), dim=-1).detach()
             # || sum of t ||^2 is B, from each with itself, plus the cosines of B (B - 1) pairs.
             cosine = (t.sum(dim=0).pow(2).sum(dim=-1) - len(t)) / max(len(t) * (len(t) - 1), 1)
-            last["projected_cosine"] = cosine.mean().item()    # near 1: the trivial solution
+            last["cosine"] = cosine.mean().item()  # of different sentences; see section 2
         pairs = " ".join(f"{i}←{j}" for i, j in enumerate(last["layers"] or [], 1))
-        losses = "  ".join(f"{x} {last[x]:.4f}" for x in ("ce", "kd", "rail") if last[x])
-        metric = next(iter(scores))
-        print(f"  epoch {last['epoch']:2}  {pairs}  {losses}  {metric} {last[metric]:.4f}  "
+        names = "ce", "kd", "rail", "cosine", next(iter(scores))
+        numbers = "  ".join(f"{name} {last[name]:.3f}" for name in names if last.get(name))
+        print(f"  epoch {last['epoch']:2}  {pairs}  {numbers}  "
               f"{last['examples_per_second']:,.0f} examples/s")
         save_json(out / "metrics.json", results)
 
     # The teacher. One without a trained classifier is fine-tuned first, by the same loop.
-    logits, table = {}, None                       # the teacher's, of the sets that are scored
     if not trained:
         print("The teacher has no trained classifier yet, so it is fine-tuned first:")
         plan = dataclasses.replace(settings, mapping="finetune", weights=[1.0, 0.0, 0.0],
                                    epochs=settings.teacher_epochs)
         data = teacher_sets.get("teacher_train", teacher_sets["train"])
         train(Distiller(teacher, None, plan), data, tokenizer, plan, out / "teacher.pt",
-              lambda *epoch: after_epoch(results["teacher"], teacher_side, *epoch))
+              lambda *args: after_epoch(results["teacher"], teacher_side, *args))
         save(out / "teacher", lambda part: [x.save_pretrained(part) for x in (teacher, tokenizer)])
         print(f"It can be used again with --teacher {shlex.quote(str(out / 'teacher'))}")
         # Starts over as a resumed run, which finds out/teacher and uses it like any other.
         return run(Settings(resume=str(out), device=settings.device, precision=settings.precision))
     teacher.requires_grad_(False)                  # from here on it is frozen
-    logits = {name: predict(teacher, data, tokenizer, settings.precision)
-              for name, data in teacher_sets.items() if name not in UNSCORED}
-    warn_of_weak_teacher(logits["validation"], np.array(sets["validation"]["label"]))
+    teacher_logits = {name: predict(teacher, data, tokenizer, settings.precision)
+                      for name, data in teacher_sets.items() if name not in UNSCORED}
+    warn_of_weak_teacher(teacher_logits["validation"], np.array(sets["validation"]["label"]))
     results["teacher"] |= score(*teacher_side, settings) | costs(*teacher_side, settings)
 
     # The loop that brings teacher, student and projections together.
@@ -927,8 +937,9 @@ def run(settings):
         table = teacher_table(teacher, teacher_sets["train"], tokenizer, settings, place)
     print("The student learns:")
     train(Distiller(student, rail, settings), student_sets["train"], student_tokenizer, settings,
-          out / "student.pt", lambda *epoch: after_epoch(results, student_side, *epoch), table, n)
-    results["student"] |= score(*student_side, settings, logits) | costs(*student_side, settings)
+          out / "student.pt", lambda *args: after_epoch(results, student_side, *args), table, n)
+    results["student"] |= score(*student_side, settings, teacher_logits)
+    results["student"] |= costs(*student_side, settings)
     results["evaluation"] = {
         path: {role: results[role]["evaluation"][path] for role in ("teacher", "student")}
         for path in settings.eval_file}
@@ -1013,7 +1024,7 @@ def resumed(settings):
     with refuse(f"--resume {settings.resume}: no run can be resumed there"):
         saved = json.loads((Path(settings.resume) / "metrics.json").read_text())
         own = saved["settings"] | {"output_dir": settings.resume}
-        if settings.device != "auto":              # another device computes in another precision
+        if settings.device not in ("auto", own["device"]):     # it may lack the old precision
             own["precision"] = "auto"
         return Settings(**own | {x: given[x] for x in given if given[x] != "auto"}), saved
 
@@ -1034,7 +1045,7 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         folder = shlex.quote(str(settings.resume or settings.output_dir))
-        print(f"stopped; once the folder exists, --resume {folder} goes on", file=sys.stderr)
+        print(f"stopped; if the folder exists, continue with --resume {folder}", file=sys.stderr)
         return 130
     except (argparse.ArgumentError, ValueError, OSError, FloatingPointError,
             torch.OutOfMemoryError) as error:
