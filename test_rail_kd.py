@@ -3,9 +3,7 @@ The order is that of the file. The name of a test says the property; expected va
 formulas in float64, not from the module. `pytest -q -x -k NAME` with sample_layer_map, mean_pool,
 RailLoss, kd_loss or combined_loss checks one exercise.
 """
-import copy, csv, itertools, json, math, os, re, shutil, sys, tempfile
-from pathlib import Path
-
+import csv, inspect, itertools, json, math, os, re, shutil, sys, tempfile
 os.environ.setdefault("OMP_NUM_THREADS", "1")      # before torch: small tensors, busy cores
 os.environ["HF_HUB_OFFLINE"] = "1"                 # no test may reach for the network,
 os.environ["HF_HOME"] = tempfile.mkdtemp()         # or leave anything in a cache
@@ -74,6 +72,7 @@ def unsolved():
 
 
 needs_all = pytest.mark.skipif(bool(unsolved()), reason="solve the five exercises first")
+GOOD = "sentence,label\nfine,good\ndull,bad\n"
 
 
 # ---- 1. and 2. The draw and the losses ---------------------------------------------------------
@@ -614,7 +613,9 @@ def test_every_setting_has_an_effect(world, tmp_path):
     found = [run(job(world, tmp_path / str(i), **way))["epochs"][0] for i, way in enumerate(ways)]
     for (a, x), (b, y) in itertools.combinations(zip(ways, found), 2):
         assert (x["total"], x["eval_loss"]) != (y["total"], y["eval_loss"]), (a, b)
-    assert found[-1]["kd"] == found[-1]["rail"] == found[-2]["rail"] == 0
+    none, labels = found[-2:]
+    assert labels["kd"] == labels["rail"] == none["rail"] == 0
+    assert none["total"] == pytest.approx((none["ce"] + none["kd"]) / 2)
 
 
 @needs_all
@@ -668,8 +669,6 @@ def test_two_processes_do_a_whole_job_like_one(world, tmp_path):
 
 # ---- 10. The command line, and what can go wrong -----------------------------------------------
 
-GOOD = "sentence,label\nfine,good\ndull,bad\n"
-
 
 def flags(**settings):
     return [f"--{name}={value}" for name, value in settings.items()]
@@ -701,6 +700,7 @@ def test_interrupted_job_ends_bit_for_bit_the_same(world, tmp_path, capsys, monk
     monkeypatch.undo()
     write_csv(train, [("another text", "good"), ("than before", "bad")])
     assert "data" in complaint(flags(resume=cut), capsys)
+    assert "flags" in complaint(flags(resume=cut, epochs=5), capsys)
     shutil.copy(world / "train.csv", train)
     assert rail_kd.main(flags(resume=cut, device="cpu")) == 0
     a, b = ([(out / "student" / "model.safetensors").read_bytes(),
@@ -788,7 +788,7 @@ def test_folder_of_another_run_is_refused_and_left_alone(world, tmp_path, monkey
 @needs_all
 def test_course_version_is_blank_in_five_functions_only(monkeypatch):
     blank, count = re.subn("(?s)### BEGIN SOLUTION.*?### END SOLUTION", "raise NotImplementedError",
-                           Path(rail_kd.__file__).read_text(encoding="utf-8"))
+                           inspect.getsource(rail_kd))
     course = type(sys)("course")
     monkeypatch.setitem(sys.modules, "course", course)
     exec(compile(blank, "course.py", "exec"), vars(course))
