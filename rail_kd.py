@@ -593,6 +593,8 @@ def read_file(path, train=None):
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = (list(csv.DictReader(file, strict=True)) if path.lower().endswith(".csv")
                     else [json.loads(line) for line in file if line.strip()])
+        if not rows:
+            raise ValueError("it has no examples")
         first = "sentence" if "sentence" in rows[0] else "sentence1"
         names = [first, *({"sentence2"} & rows[0].keys()), "label"]
         for number, row in enumerate(rows, 1):
@@ -791,7 +793,7 @@ class Settings:
             low, flag = {"seed": -1, "max_length": 3}.get(name, 0), name.replace("_", "-")
             # NaN is refused, too: it is neither more nor less than anything.
             if value in ("", [""]) or (type(value) in (int, float) and not low < value < 2 ** 63):
-                raise ValueError(f"--{flag} {value!r} must be finite, above {low} and not empty")
+                raise ValueError(f"--{flag} {value!r} must be above {low}, below 2^63, not empty")
         own_files = [self.train_file, self.validation_file]
         toy = self.task in (None, "toy") and own_files == [None, None]
         best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
