@@ -2,7 +2,7 @@
 
 A small Transformer, the *student*, learns to imitate a large and frozen one, the *teacher*:
 
-    L  =  l1 * CE  +  l2 * KD  +  l3 * RAIL
+    L  =  w1 * CE  +  w2 * KD  +  w3 * RAIL
 
 CE compares the student's output with the labels, KD with the teacher's output, and RAIL compares
 intermediate layers. In each epoch RAIL-KD draws teacher layers at random and sorts them, so that
@@ -235,11 +235,11 @@ def kd_loss(student_logits, teacher_logits, temperature):
 
 
 def combined_loss(ce, kd, rail, weights):
-    """The objective l1 * CE + l2 * KD + l3 * RAIL, a scalar. Both re-implementations have it, and
+    """The objective w1 * CE + w2 * KD + w3 * RAIL, a scalar. Both re-implementations have it, and
     the paper as its equation (4).
 
     Args: ce, kd, rail: scalars, tensors (gradients flow back) or plain numbers; weights
-        (l1, l2, l3), each >= 0, together 1.
+        (w1, w2, w3), each >= 0, together 1.
     Raises: ValueError for other than three weights, a negative one, NaN, or a sum that is not 1
         (by over 1e-6)."""
     ### BEGIN SOLUTION
@@ -499,8 +499,8 @@ def use_labels(model, feature):
 
 def build_student(teacher, num_layers):
     """A student cut from its teacher: `num_layers` of its layers, weights copied, nothing shared.
-    The teacher has n layers in one nn.ModuleList. Student layer i is its layer round(i*n/m), so the
-    student's last layer, like the teacher's, feeds the classifier. Returns a model of the same
+    The teacher has n layers in one nn.ModuleList. Student layer i is teacher layer round(i*n/m), so
+    the student's last layer, like the teacher's, feeds the classifier. Returns a model of the same
     class, in train mode, with gradients, on the CPU. Raises ValueError for more layers than the
     teacher has, or fewer than 1, and for an architecture that can't be cut."""
     n, cut = teacher.config.num_hidden_layers, copy.deepcopy(teacher)
@@ -791,9 +791,11 @@ class Settings:
         """A copy with all defaults filled in and all values checked. Raises ValueError."""
         for name, value in vars(self).items():
             low, flag = {"seed": -1, "max_length": 3}.get(name, 0), name.replace("_", "-")
+            if value in ("", [""]):
+                raise ValueError(f"--{flag} is empty: give a value, or leave it out")
             # NaN is refused, too: it is neither more nor less than anything.
-            if value in ("", [""]) or (type(value) in (int, float) and not low < value < 2 ** 63):
-                raise ValueError(f"--{flag} {value!r} must be above {low}, below 2^63, not empty")
+            if type(value) in (int, float) and not low < value < 2 ** 63:
+                raise ValueError(f"--{flag} {value!r} must be above {low} and below 2^63")
         own_files = [self.train_file, self.validation_file]
         toy = self.task in (None, "toy") and own_files == [None, None]
         best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -925,6 +927,7 @@ def run(settings):
               lambda *args: after_epoch(results["teacher"], teacher_side, *args))
         save(out / "teacher", lambda part: [x.save_pretrained(part) for x in (teacher, tokenizer)])
         print(f"It can be used again with --teacher {shlex.quote(str(out / 'teacher'))}")
+        del teacher, student, teacher_side, student_side       # their memory is needed again
         # Starts over as a resumed run, which finds out/teacher and uses it like any other.
         return run(Settings(resume=str(out), device=settings.device, precision=settings.precision))
     teacher.requires_grad_(False)                  # from here on it is frozen
