@@ -1,6 +1,6 @@
 """RAIL-KD in one file: random intermediate layer mapping for knowledge distillation.
 
-A small Transformer, the *student*, learns to imitate a large and frozen one, the *teacher*:
+A small Transformer, the *student*, learns to imitate a large, frozen one, the *teacher*:
 
     L  =  w1 * CE  +  w2 * KD  +  w3 * RAIL
 
@@ -13,16 +13,16 @@ deeper layers learn from deeper ones:
                           v                        v         v              :
     student layer         1                        2         3              4   <--  labels: CE
 
-    arrows: RAIL. This epoch's draw is 2, 7, 9; the next epoch has another one.
-    dots:   KD. The last layers meet through the logits and take no part in the draw.
+    arrows: RAIL. This epoch's draw is 2, 7, 9; the next epoch's will differ.
+    dots:   KD. The last layers meet at the logits and are left out of the draw.
 
-At each arrow both outputs are averaged over the tokens of a sentence, projected to a shared width
-by a trained linear layer, and scaled to length 1. RAIL is their mean squared distance.
+At each arrow both outputs are averaged over the tokens of a sentence, projected to one width, each
+by its own trained layer, and scaled to length 1. RAIL is the mean of their squared distances.
 
     python rail_kd.py --task toy --student-layers 4        # two minutes on a laptop, offline
     python rail_kd.py --task sst2 --student-layers 4       # BERT-base, cut from 12 layers to 4
 
-The toy ends with this table:
+The toy run ends like this:
 
              layers  parameters  megabytes  ms per sentence  accuracy
     teacher      12     413,122        1.7             3.80  1.0000
@@ -41,11 +41,11 @@ re-implementations (aitsc/GLMKD and TKC002/CILDA-plus-minILD). Who decided what:
     padding is left out of the mean over tokens (both include it)             ours
     projections with a bias, at the learning rate of the student              ours
     temperature 2 (the factor T^2 is standard)                                ours (theirs: 10, 1)
-    10 epochs, learning rate 5e-5, a tenth of the steps is warm-up            ours (one: 20, 2e-5)
+    10 epochs, learning rate 5e-5, 10 % warm-up, no weight decay or clipping  ours (one: 20, 2e-5)
     the student starts from evenly spaced layers of its teacher               ours
-    --centre against the trivial solution of section 2; off by default        ours
+    --centre avoids the trivial solution of section 2; off by default         ours
 
-Letters: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for a
+Letters: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
 width of the projections, T the temperature. The method is in sections 1 to 3 (draw, losses, loop);
 a reader can stop there. The rest serves it: 4 the teacher's outputs, 5 models, 6 data, 7 scores,
@@ -67,7 +67,7 @@ from tqdm import tqdm
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 # ---- 1. The draw -------------------------------------------------------------------------------
-# Two facts, which the tests and the notebook check:
+# Two facts, checked by the tests and the notebook:
 #
 #   The mean is evenly spaced. The i-th smallest of k distinct uniform draws from 1..n-1 has mean
 #   i*n/(k+1) = i*n/m: for 12 -> 4 the layers 3, 6, 9, the map that PKD calls "skip". Only the
@@ -93,7 +93,7 @@ def sample_layer_map(num_teacher_layers, num_student_layers, rng):
     ### BEGIN SOLUTION
     if not 2 <= num_student_layers <= num_teacher_layers:
         raise ValueError(f"{num_student_layers} student layers and {num_teacher_layers} teacher "
-                         "layers: the student needs 2 or more, and not more than its teacher")
+                         "layers: the student needs at least 2, and no more than its teacher")
     candidates = np.arange(1, num_teacher_layers)                               # 1..n-1
     return np.sort(rng.choice(candidates, size=num_student_layers - 1, replace=False))
     ### END SOLUTION
@@ -105,10 +105,10 @@ def choose_layers(settings, n, m, epoch, step=0):
     `attention`, all n-1 candidates for each student layer, that of ALP-KD (Passban et al. 2021).
     Pooling, projection and loss stay, so they are not the full recipes of those papers."""
     if settings.mapping == "random":
-        # Not one generator for the whole run: a resumed run would go on with other layers.
+        # Not one generator for the whole run: a resumed run would draw other layers.
         key = [settings.seed, epoch, step if settings.resample == "step" else 0]
         return sample_layer_map(n, m, np.random.default_rng(key))
-    i = np.arange(1, m)                                        # np.rint takes halves to even
+    i = np.arange(1, m)                                        # np.rint rounds halves to even
     maps = {"skip": np.rint(i * n / m).astype(int), "last": n - m + i, "attention": np.arange(1, n)}
     return maps.get(settings.mapping)
 
@@ -121,10 +121,10 @@ def choose_layers(settings, n, m, epoch, step=0):
 #
 # Between unit vectors || s - t ||^2 = 2 - 2 cos(s, t): 0 for equal directions, 4 for opposite ones.
 #
-# The trivial solution. Both projections are trained, so the loss also falls when both send every
-# sentence in one direction: it is near 0 but teaches nothing. A low loss does not show this; the
-# mean cosine c of *different* sentences after the teacher's projection does. One vector for all
-# sentences then brings the loss down to about 2 - 2 sqrt(c). Centring rules out one shared
+# The trivial solution. Both projections are trained, so the loss also falls if both map every
+# sentence to one direction: near 0, it then teaches nothing. The loss cannot reveal this; the mean
+# cosine c of *different* sentences after the teacher's projection can. At cosine c, a student that
+# ignores its input already gets down to about 2 - 2 sqrt(c). Centring rules out one shared
 # direction: the mean over the batch is subtracted from each side before it gets unit length.
 
 
@@ -154,11 +154,11 @@ class RailLoss(nn.Module):
 
     Variant "layerwise" (RAIL-KD^l) compares pair by pair, "concat" (RAIL-KD^c) joins the k vectors
     of a side first, "attention" is layer-wise with all teacher candidates for each student layer.
-    The projections are trained with the student and thrown away afterwards.
+    The projections are trained with the student and discarded afterwards.
 
     Args: teacher_dim, student_dim, num_pairs, projection_size: d_t, d_s, k, u; centre: subtract
-        the mean over the batch from both sides, so that a batch of one has loss 0 (of several
-        processes, each takes the mean over its own part of a batch).
+        the mean over the batch from both sides, so that a batch of one has loss 0 (with several
+        processes, each uses the mean of its own part of a batch).
     Raises: ValueError for an unknown variant, or a size below 1."""
 
     def __init__(self, teacher_dim, student_dim, num_pairs, variant="layerwise",
@@ -212,11 +212,11 @@ def kd_loss(student_logits, teacher_logits, temperature):
     """T^2 * KL(softmax(z_t / T) || softmax(z_s / T)), batch mean, a scalar (Hinton et al. 2015).
 
     A higher T shows more of what the teacher thinks of the wrong classes. The gradient of the
-    softened KL shrinks as 1/T^2; the factor T^2 keeps the weight of the term the same. For a
+    softened KL shrinks as 1/T^2; the factor T^2 keeps the weight of the term. For a
     regression, (B, 1): the mean squared error. No gradient flows into `teacher_logits`.
 
-    Args: student_logits, teacher_logits (B, C); temperature T > 0, finite, checked for a
-        regression too, though unused.
+    Args: student_logits, teacher_logits (B, C); temperature T > 0, finite (checked but
+        unused for regression).
     Raises: ValueError for shapes that differ or are not (B, C), or another temperature."""
     ### BEGIN SOLUTION
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
@@ -228,20 +228,18 @@ def kd_loss(student_logits, teacher_logits, temperature):
         return F.mse_loss(student_logits, teacher_logits.detach())
     # F.kl_div(a, b) is KL(b || a): the student comes first, both as *log*-probabilities. The
     # default reduction "mean" divides by B * C: the weight would depend on the number of classes.
-    student = F.log_softmax(student_logits / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.detach() / temperature, dim=-1)
-    return temperature ** 2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    log_s = F.log_softmax(student_logits / temperature, dim=-1)
+    log_t = F.log_softmax(teacher_logits.detach() / temperature, dim=-1)
+    return temperature ** 2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
     ### END SOLUTION
 
 
 def combined_loss(ce, kd, rail, weights):
-    """The objective w1 * CE + w2 * KD + w3 * RAIL, a scalar. Both re-implementations have it, and
-    the paper as its equation (4).
+    """The objective w1 * CE + w2 * KD + w3 * RAIL, a scalar.
 
     Args: ce, kd, rail: scalars, tensors (gradients flow back) or plain numbers; weights
-        (w1, w2, w3), each >= 0, together 1.
-    Raises: ValueError for other than three weights, a negative one, NaN, or a sum that is not 1
-        (by over 1e-6)."""
+        (w1, w2, w3), each >= 0, with sum 1.
+    Raises: ValueError unless weights are three, none negative or NaN, with sum 1 (to 1e-6)."""
     ### BEGIN SOLUTION
     if len(weights) != 3 or not all(w >= 0 for w in weights) or abs(sum(weights) - 1) > 1e-6:
         raise ValueError(f"weights {weights} must be three numbers >= 0 (CE, KD, RAIL) with sum 1")
@@ -253,7 +251,7 @@ def combined_loss(ce, kd, rail, weights):
 
 
 class Distiller(nn.Module):
-    """All that is trained: student and projections. Its forward pass is the method in one step."""
+    """What is trained: student and projections. Its forward pass is one step of the method."""
 
     def __init__(self, student, rail, settings):
         super().__init__()
@@ -275,23 +273,23 @@ class Distiller(nn.Module):
 
 def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher_outputs=None, n=0):
     """Trains a Distiller in place; returns the history, one dict per epoch.
-    `teacher_outputs(rows, layers)` gives the logits (B, C) and pooled layers (B, k, d_t) of a
-    teacher of n layers, see section 4; without it the labels alone teach. `after_epoch(history,
-    layers)` adds scores. All randomness is seeded from (seed, epoch), and the state goes to
-    `state_file`: a run that was killed goes on after its last full epoch and ends, on a CPU, bit
-    for bit the same. Raises FloatingPointError for a loss that is not finite, ValueError for a
-    state of other data."""
+    `teacher_outputs(rows, layers)` looks up the logits (B, C) and pooled layers (B, k, d_t) of a
+    teacher of n layers, see section 4; without it, only the labels teach. `after_epoch(history,
+    layers)` adds scores. All randomness is seeded from (seed, epoch), and each epoch ends by saving
+    to `state_file`: a killed run resumes after its last full epoch and, on a CPU, ends bit for bit
+    the same. Raises FloatingPointError for a loss that is not finite, ValueError if `state_file`
+    was saved with other data."""
     (rank, world), student = processes(), distiller.student
     m, lengths = student.config.num_hidden_layers, lengths_of(data)
     steps = math.ceil(len(data) / settings.batch_size) * settings.epochs
-    # New projections start from random numbers, so they may have a learning rate of their own.
-    # The children are the student and, unless it is None, rail.
-    rates = [settings.learning_rate, settings.projection_learning_rate or settings.learning_rate]
-    groups = [{"params": x.parameters(), "lr": r} for x, r in zip(distiller.children(), rates)]
+    groups = [{"params": student.parameters(), "lr": settings.learning_rate}]
+    if distiller.rail:             # new, so from random numbers: it may need a rate of its own
+        rate = settings.projection_learning_rate or settings.learning_rate
+        groups.append({"params": distiller.rail.parameters(), "lr": rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-    # A tenth of the steps is warm-up, then the rate falls to 0.
+    # Warm-up for a tenth of the steps, then linearly down to 0.
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    # In fp16 small gradients would become 0: the loss is multiplied, and the gradients divided.
+    # In fp16 small gradients would become 0: the loss is scaled up, the gradients back down.
     scaler = torch.amp.GradScaler(student.device.type, enabled=settings.precision == "fp16")
     parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     history = load_state(state_file, parts, data)
@@ -306,36 +304,37 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
         seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
         torch.manual_seed(seed + rank)                                          # for dropout
         distiller.train()
-        order = length_batches(lengths, settings.batch_size, seed)
-        for step, rows in enumerate(tqdm(order, f"epoch {epoch}", leave=False, disable=quiet)):
+        batches = length_batches(lengths, settings.batch_size, seed)
+        for step, rows in enumerate(tqdm(batches, f"epoch {epoch}", leave=False, disable=quiet)):
             if settings.resample == "step":
                 layers = choose_layers(settings, n, m, epoch, step)
-            own = rows[rank::world]                # the share of this process
-            factor, own = len(own) / len(rows), own or rows[:1]    # no share: any row, weight 0
+            own = rows[rank::world] or rows[:1]    # this process's share; none: any row, weight 0
+            factor = len(rows[rank::world]) / len(rows)
             targets = () if teacher_outputs is None else teacher_outputs(own, layers)
             losses = model(make_batch(data, tokenizer, own, student.device), *targets)
-            # The last one is minimised. DDP takes the mean of the gradients, hence `world`.
+            # losses[3], the total, is minimised. DDP averages the gradients, hence `world`.
             scaler.scale(losses[3] * factor * world).backward()
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
             optimizer.zero_grad()
             sums += losses.detach() * factor * len(rows) / len(data)   # read after the epoch
-        # First the sum, which waits for the device, then the clock.
+        # Sum first (it waits for the device), then read the clock.
         sums = summed(sums, f"the loss of epoch {epoch}").tolist()
         seconds = time.perf_counter() - start
-        one_map = settings.mapping in ("random", "skip", "last") and settings.resample == "epoch"
-        history.append({"epoch": epoch, "layers": layers.tolist() if one_map else None,
-                        "seconds": seconds, "examples_per_second": len(data) / seconds}
+        one_map = layers is not None and settings.mapping != "attention"
+        known = layers.tolist() if one_map and settings.resample == "epoch" else None
+        history.append({"epoch": epoch, "layers": known, "seconds": seconds,
+                        "examples_per_second": len(data) / seconds}
                        | dict(zip(("ce", "kd", "rail", "total"), sums)))
         after_epoch(history, layers)
         state = {name: part.state_dict() for name, part in parts.items()} | {"history": history}
-        save(state_file, lambda part: torch.save(state | {"data": fingerprint(data)}, part))
+        save(state_file, lambda file: torch.save(state | {"data": fingerprint(data)}, file))
     return history
 
 
 def label_loss(logits, labels):
-    """CE of logits (B, C) and class numbers (B,); the squared error for a regression, (B, 1)."""
+    """CE of logits (B, C) and class numbers (B,); mean squared error for regression, (B, 1)."""
     loss = F.mse_loss if logits.shape[1] == 1 else F.cross_entropy
     return loss(logits.squeeze(1), labels)         # squeeze changes (B, 1) only, to (B,)
 
@@ -344,38 +343,19 @@ def outputs_of(model, batch, precision="fp32", pool=False):
     """Logits (B, C), and with `pool` the pooled layers 1..n (B, n, d), else None; in float32."""
     kind = torch.float16 if precision == "fp16" else torch.bfloat16
     with torch.autocast(model.device.type, kind, enabled=precision != "fp32"):
-        # Without the labels, since the losses are ours.
+        # Without the labels: the losses are computed here.
         out = model(**dict(batch, labels=None), output_hidden_states=pool)
     # hidden_states[0] is the output of the embeddings, hidden_states[j] that of layer j.
     pooled = [mean_pool(x, batch["attention_mask"]) for x in out.hidden_states[1:]] if pool else ()
     return out.logits.float(), torch.stack(pooled, dim=1) if pool else None
 
 
-def length_batches(lengths, batch_size, seed):
-    """Row numbers in batches of similar length, in random order; each row is in exactly one. A
-    batch costs what its longest sentence costs: 25 tokens padded to 128 waste four fifths."""
-    generator = torch.Generator().manual_seed(seed)
-    order = get_length_grouped_indices(lengths, batch_size, generator=generator)
-    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
-
-
-def summed(tensor, what):
-    """The sum of a tensor over all processes. Raises FloatingPointError if it is not finite."""
-    if processes()[1] > 1:
-        torch.distributed.all_reduce(tensor)
-    if not torch.isfinite(tensor).all():
-        raise FloatingPointError(f"NaN or infinity in {what}: try a lower --learning-rate or "
-                                 "--precision fp32, or check the model")
-    return tensor
-
-
 # ---- 4. The teacher's outputs ------------------------------------------------------------------
 # A frozen teacher gives the same outputs in every epoch, and RAIL-KD needs only its logits and one
-# pooled vector per layer. So it runs over the training data once, and the loop looks its outputs
-# up. A step costs about three forward passes of the student (the backward pass counts as two); a
-# live teacher, n/m times as deep, would add n/m more to every step. Since only sentence vectors are
-# compared, the two may differ in width, architecture and even tokenizer.
+# pooled vector per layer. So it runs over the training data once, and the loop looks up its
+# outputs. A step costs about three forward passes of the student (the backward pass counts as two);
+# a live teacher, n/m times as deep, would add n/m more to every step. Since only sentence vectors
+# are compared, the two may differ in width, architecture and even tokenizer.
 
 
 def make_batch(data, tokenizer, rows, device):
@@ -391,7 +371,7 @@ def predict(model, data, tokenizer, precision="fp32", pooled=None):
     model.eval()                                   # with dropout, a teacher would be noisy
     rank, world = processes()
     logits = torch.zeros(len(data), model.config.num_labels, device=model.device)
-    # From short to long: little padding.
+    # Short to long, for little padding.
     batches = np.split(np.argsort(lengths_of(data)), range(64, len(data), 64))[rank::world]
     for rows in tqdm(batches, "forward passes", leave=False, disable=rank > 0 or None):
         batch = make_batch(data, tokenizer, rows, model.device)
@@ -406,7 +386,7 @@ def teacher_table(teacher, data, tokenizer, settings, place):
     (rows, layers) -> logits (B, C), pooled layers (B, k, d_t), in float32.
 
     The layers lie in a file that is mapped into memory, in half precision: MNLI and 24 layers of
-    width 1024 make 19 GB. A table left in the folder `place` by an earlier run is used again. Its
+    width 1024 make 19 GB. A table that an earlier run left in the folder `place` is reused. Its
     name is a hash of all it depends on: tokens, weights, configuration, pooling. Raises ValueError
     where the disk has too little space."""
     name = fingerprint(data.remove_columns("label"), str(teacher.config), tokenizer.padding_side,
@@ -426,14 +406,14 @@ def teacher_table(teacher, data, tokenizer, settings, place):
     logits = torch.load(folder / "logits.pt", weights_only=True)
 
     def teacher_outputs(rows, layers):             # layers is None for a mapping without RAIL
-        # One joint index: pooled[rows][:, layers - 1] would read all layers of a row first.
+        # One joint index: pooled[rows][:, layers - 1] would first read all layers of a row.
         vectors = pooled[np.ix_(rows, [] if layers is None else np.subtract(layers, 1))]
         return logits[rows].to(teacher.device), vectors.to(teacher.device).float()
     return teacher_outputs
 
 
 # ---- 5. Teacher and student --------------------------------------------------------------------
-# Any encoder with a classifier that transformers knows can teach. The student is cut from it, or is
+# Any encoder that transformers has a classifier for can teach. The student is cut from it, or is
 # another model. Cut from 12 to 4 layers, BERT-base goes from 109 to 53 million parameters, of which
 # 24 million are the embeddings.
 
@@ -463,7 +443,7 @@ def load_classifier(name, feature, seed, role):
         return *toy_teacher(seed), False
     torch.manual_seed(seed)
     with refuse(f"no {role} that fits the data can be loaded from {name!r}"):
-        # Code from the hub is never run, and weights hold none: safetensors, or weights_only.
+        # Code from the hub never runs, and weights hold none: safetensors, or weights_only.
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=getattr(feature, "num_classes", 1), ignore_mismatched_sizes=True,
@@ -481,11 +461,11 @@ def load_classifier(name, feature, seed, role):
 def use_labels(model, feature):
     """Gives a model, in place, the data's label names, and its logits the data's order.
     MNLI checkpoints on the hub number the classes differently from GLUE. A student of such a
-    teacher would learn the wrong classes, without any error. Where the model has the data's names
-    in another order, perhaps in other case, the rows of its last linear layer are put in the
+    teacher would silently learn the wrong classes. If the model has the data's names in
+    another order, perhaps in other case, the rows of its last linear layer are put in the
     data's order. Names like LABEL_0 say nothing and are replaced. A regression keeps its name."""
     config, names = model.config, getattr(feature, "names", list(model.config.id2label.values()))
-    # Upper and lower case may differ, unless they alone tell the classes apart.
+    # Letter case is ignored, unless it alone tells the classes apart.
     fold = str.lower if len(set(map(str.lower, names))) == len(names) else str
     own = [fold(config.id2label[i]) for i in range(len(names))]
     # order[i] is the model's output for class i of the data.
@@ -539,10 +519,10 @@ def prepare(model, tokenizer, sets, settings, role):
 
 
 # ---- 6. Data -----------------------------------------------------------------------------------
-# Every source ends as Datasets with the columns sentence1, sometimes sentence2, and label: a
+# Every source becomes Datasets with the columns sentence1, sometimes sentence2, and label: a
 # ClassLabel with names, or a float for a regression. The toy shows the method in two minutes,
-# offline: somebody trained a large model with 8,000 carefully labelled sentences. You have that
-# model, 1,000 other sentences, and labels of which a fifth is wrong.
+# offline: somebody trained a large model on 8,000 carefully labelled sentences. You have that model
+# and 1,000 other sentences, a fifth of them mislabelled.
 
 GLUE = "cola sst2 mrpc stsb qqp mnli qnli rte wnli".split()
 METRICS = {"cola": ["matthews_correlation"], "mrpc": ["accuracy", "f1"], "qqp": ["accuracy", "f1"]}
@@ -562,7 +542,7 @@ def toy_sentences(seed, sizes):
 
     "Although the plot is very clever, the acting is hardly moving" is negative: the clause without
     "although" decides, or the one after "but" or "yet". Word order shows which one that is, and a
-    negation turns it round, so counting words says little. Sentences of one clause are a stepping
+    negation flips it, so counting words says little. Sentences of one clause are a stepping
     stone for a deep model that starts from random weights. All sentences differ, and they depend on
     the seed alone.
     """
@@ -584,7 +564,7 @@ def toy_sentences(seed, sizes):
 def read_file(path, train=None):
     """A file of CSV or JSON lines -> Dataset with sentence1, maybe sentence2, and label.
 
-    Names become classes in sorted order, as do whole numbers; a single decimal makes a regression.
+    Names become classes in sorted order, as do whole numbers; one decimal makes it regression.
     Later files need the columns and labels of `train`, or class numbers: 0 for "negative".
     Raises ValueError. `datasets.load_dataset` would take [ and * in a path for a pattern, rewrite
     007 as 7, and give old rows for a new file with the old time stamp.
@@ -656,7 +636,7 @@ def encode(data, tokenizer, model, max_length):
     """
     limit = min(max_length, tokenizer.model_max_length)
     positions = getattr(model.config, "max_position_embeddings", None) or -1     # XLNet has -1
-    # RoBERTa and its kin keep two positions for themselves.
+    # RoBERTa and its kin reserve two positions.
     limit = positions - 2 if 0 < positions < limit else limit
     texts = [name for name in data.column_names if name != "label"]
     data = data.map(tokenizer, input_columns=texts, batched=True,
@@ -668,6 +648,15 @@ def encode(data, tokenizer, model, max_length):
 def lengths_of(data):
     """The number of tokens of each row of an encoded Dataset."""
     return [len(tokens) for tokens in data["input_ids"]]
+
+
+def length_batches(lengths, batch_size, seed):
+    """Row numbers in batches of similar length, in random order; each row is in exactly one. A
+    batch costs as much as its longest sentence does: 25 tokens padded to 128 waste four fifths."""
+    generator = torch.Generator().manual_seed(seed)
+    order = get_length_grouped_indices(lengths, batch_size, generator=generator)
+    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
 
 def fingerprint(data, *more):
@@ -691,7 +680,7 @@ def compute_metrics(logits, labels, task=None, teacher_logits=None):
     """The metrics of GLUE for arrays (N, C) and (N,): {"accuracy": ..., "eval_loss": ...}.
 
     Your own data get accuracy, or two correlations for a regression. `eval_loss` is CE in nats or
-    the mean squared error, `agreement` the share for which the teacher chooses the same class.
+    the mean squared error, `agreement` how often the teacher chooses the same class.
     """
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
     loss = {"eval_loss": float(label_loss(torch.tensor(logits), torch.tensor(labels)))}
@@ -717,7 +706,7 @@ def evaluate(model, data, tokenizer, task=None, precision="fp32", teacher_logits
 
 def score(model, sets, tokenizer, settings, teacher_logits={}):
     """The metrics of all sets but "train". Those of MNLI's second set end in _mismatched, and
-    those of further files stand under "evaluation"."""
+    those of further files go under "evaluation"."""
     found = {name: evaluate(model, sets[name], tokenizer, settings.task, settings.precision,
                             teacher_logits.get(name)) for name in sets if name not in UNSCORED}
     other = {f"{key}_mismatched": x for key, x in found.pop("validation_mismatched", {}).items()}
@@ -757,7 +746,7 @@ def option(default, text):
 
 @dataclasses.dataclass
 class Settings:
-    """Everything that a run depends on. HfArgumentParser makes a flag of each field."""
+    """Everything a run depends on. HfArgumentParser makes a flag of each field."""
 
     task: Literal[("toy", *GLUE)] | None = option(None, "The toy (default), or a task of GLUE.")
     train_file: str | None = option(None, "CSV or JSON lines: sentence, maybe sentence2, label.")
@@ -767,8 +756,8 @@ class Settings:
     max_length: int = option(128, "Cut longer inputs to this many tokens.")
     teacher: str | None = option(None, "Folder or hub name (default: BERT-base, or the toy's).")
     teacher_epochs: int | None = option(None, "To fine-tune it, if needed (default: 3, toy 5).")
-    student_layers: int | None = option(None, "Keep so many teacher layers (default: a third).")
-    student: str | None = option(None, "Instead: folder or hub name of a student of any kind.")
+    student_layers: int | None = option(None, "Teacher layers to keep (default: a third).")
+    student: str | None = option(None, "Or the folder or hub name of any other student.")
     mapping: Literal["random", "skip", "last", "attention", "none", "finetune"] = option(
         "random", "Teacher layers: drawn, evenly spaced, last, all; none: CE and KD; finetune: CE.")
     variant: Literal["layerwise", "concat"] = option("layerwise", "RAIL-KD^l or RAIL-KD^c.")
@@ -793,7 +782,7 @@ class Settings:
             low, flag = {"seed": -1, "max_length": 3}.get(name, 0), name.replace("_", "-")
             if value in ("", [""]):
                 raise ValueError(f"--{flag} is empty: give a value, or leave it out")
-            # NaN is refused, too: it is neither more nor less than anything.
+            # NaN is refused too: it is neither above nor below anything.
             if type(value) in (int, float) and not low < value < 2 ** 63:
                 raise ValueError(f"--{flag} {value!r} must be above {low} and below 2^63")
         own_files = [self.train_file, self.validation_file]
@@ -811,7 +800,7 @@ class Settings:
                                            if getattr(self, name) in (None, "auto")})
         name = f"{new.task or Path(new.train_file or '').stem}-{new.mapping}-seed{new.seed}"
         out = new.output_dir or f"runs/{name}-{time.time():.0f}-{os.getpid()}"
-        # The weights of losses that are not used are dropped; the others are scaled to sum 1.
+        # The weights of unused losses are dropped; the others are rescaled to sum to 1.
         used = {"none": [1.0, 1.0, 0.0], "finetune": [1.0, 0.0, 0.0]}.get(new.mapping, [1.0] * 3)
         share = combined_loss(*used, new.weights)  # the weight of the losses in use; checks all
         conflicts = {                              # each message, and when it applies
@@ -912,7 +901,7 @@ def run(settings):
             last["cosine"] = cosine.mean().item()  # of different sentences; see section 2
         pairs = " ".join(f"{i}←{j}" for i, j in enumerate(last["layers"] or [], 1))
         names = "ce", "kd", "rail", "cosine", next(iter(scores))
-        numbers = "  ".join(f"{name} {last[name]:.3f}" for name in names if last.get(name))
+        numbers = "  ".join(f"{name} {last[name]:.3f}" for name in names if name in last)
         print(f"  epoch {last['epoch']:2}  {pairs}  {numbers}  "
               f"{last['examples_per_second']:,.0f} examples/s")
         save_json(out / "metrics.json", results)
@@ -949,7 +938,7 @@ def run(settings):
         path: {role: results[role]["evaluation"][path] for role in ("teacher", "student")}
         for path in settings.eval_file}
     save_json(out / "metrics.json", results)
-    # Last, since it is the mark of a finished run. A pipeline needs weights and tokenizer.
+    # Last, since it marks a finished run. A pipeline needs weights and tokenizer.
     parts = student, student_tokenizer
     save(out / "student", lambda part: [x.save_pretrained(part) for x in parts])
     metric = next(iter(results["student"]))
@@ -984,11 +973,21 @@ def processes():
 
 
 def from_rank_0(value=None):
-    """The value of the first process, in all of them. It also waits until all are here."""
+    """The first process's value, in all of them. Also waits until all are here."""
     values = [value]
     if processes()[1] > 1:
         torch.distributed.broadcast_object_list(values)
     return values[0]
+
+
+def summed(tensor, what):
+    """The sum of a tensor over all processes. Raises FloatingPointError if it is not finite."""
+    if processes()[1] > 1:
+        torch.distributed.all_reduce(tensor)
+    if not torch.isfinite(tensor).all():
+        raise FloatingPointError(f"NaN or infinity in {what}: try a lower --learning-rate or "
+                                 "--precision fp32, or check the model")
+    return tensor
 
 
 def save(path, write):
@@ -1035,7 +1034,7 @@ def resumed(settings):
 
 
 def main(argv=None):
-    """The command line. Returns 0, 2 for what a user can mend (one line on stderr), or 130."""
+    """The command line. Returns 0, 2 for what a user can fix (one line on stderr), or 130."""
     parser = transformers.HfArgumentParser(
         Settings, description=__doc__.splitlines()[0], allow_abbrev=False, exit_on_error=False)
     try:
