@@ -587,7 +587,8 @@ def read_file(path, train=None):
         numbers = set(filter(NUMBER.fullmatch, labels))
         if train is not None:
             known = set(getattr(train.features["label"], "names", numbers))
-            if all(map(NUMBER.fullmatch, known)) and labels - known:
+            # As a class number, -1 would mean "no label" to datasets.
+            if labels - known and ("-1" in labels or all(map(NUMBER.fullmatch, known))):
                 raise ValueError(f"the training data have no label {min(labels - known)!r}")
             return data.cast(train.features)       # a name, or else a number, becomes a class
         if len(labels) == 1 or 0 < len(numbers) < len(labels):
@@ -605,8 +606,7 @@ def load_task(settings):
     sentences, all labelled correctly. MNLI has "validation_mismatched" too. GLUE's test splits are
     left out: their labels are all -1. Raises ValueError for a hub out of reach, or a bad file.
     """
-    files = {"train": settings.train_file, "validation": settings.validation_file}
-    sets, size = {}, settings.max_train_examples
+    size = settings.max_train_examples
     if settings.task == "toy":
         size = size or 1000
         validation, train, teacher_train = toy_sentences(settings.seed, [1000, size, 8 * size])
@@ -620,9 +620,10 @@ def load_task(settings):
         texts = dict(zip(texts, ("sentence1", "sentence2")))
         sets = {name.replace("_matched", ""): data.rename_columns(texts).remove_columns("idx")
                 for name, data in splits.items() if not name.startswith("test")}
-    for name, path in (files | {path: path for path in settings.eval_file}).items():
-        if path:
-            sets[name] = read_file(path, sets.get("train"))
+    else:
+        sets = {"train": read_file(settings.train_file)}
+        sets["validation"] = read_file(settings.validation_file, sets["train"])
+    sets |= {path: read_file(path, sets["train"]) for path in settings.eval_file}
     if size and settings.task != "toy":            # a file may be sorted by label
         sets["train"] = sets["train"].shuffle(seed=settings.seed).take(size)
     return sets
@@ -717,11 +718,11 @@ def score(model, sets, tokenizer, settings, teacher_logits={}):
 def costs(model, sets, tokenizer, settings):
     """What a model costs: layers, parameters, bytes, and the median time of one sentence in ms."""
     batch = make_batch(sets["train"], tokenizer, [0], model.device)
-    times = timeit.repeat(                                     # .cpu() waits for the device
-        lambda: outputs_of(model, batch, settings.precision)[0].cpu(), number=1, repeat=30)
+    # .cpu() waits for the device.
+    timer = timeit.Timer(lambda: outputs_of(model, batch, settings.precision)[0].cpu())
     return {"layers": model.config.num_hidden_layers, "parameters": model.num_parameters(),
             "bytes": sum(tensor.nbytes for tensor in model.state_dict().values()),
-            "milliseconds_per_sentence": 1000 * float(np.median(times))}
+            "milliseconds_per_sentence": 1000 * float(np.median(timer.repeat(30, number=1)))}
 
 
 def warn_of_weak_teacher(logits, labels):
@@ -819,7 +820,7 @@ class Settings:
         found = [text for text, applies in conflicts.items() if applies]
         if found:
             raise ValueError("; ".join(found))
-        if new.mapping in ("none", "finetune"):
+        if share < 1 - 1e-6:                       # once: a resumed run keeps the same digits
             new.weights = [weight * use / share for weight, use in zip(new.weights, used)]
         return dataclasses.replace(new, output_dir=out)
 
@@ -914,7 +915,7 @@ def run(settings):
         data = teacher_sets.get("teacher_train", teacher_sets["train"])
         train(Distiller(teacher, None, plan), data, tokenizer, plan, out / "teacher.pt",
               lambda *args: after_epoch(results["teacher"], teacher_side, *args))
-        save(out / "teacher", lambda part: [x.save_pretrained(part) for x in (teacher, tokenizer)])
+        save(out / "teacher", lambda to: [x.save_pretrained(to) for x in (teacher, tokenizer)])
         print(f"It can be used again with --teacher {shlex.quote(str(out / 'teacher'))}")
         del teacher, student, teacher_side, student_side       # their memory is needed again
         # Starts over as a resumed run, which finds out/teacher and uses it like any other.
@@ -939,8 +940,7 @@ def run(settings):
         for path in settings.eval_file}
     save_json(out / "metrics.json", results)
     # Last, since it marks a finished run. A pipeline needs weights and tokenizer.
-    parts = student, student_tokenizer
-    save(out / "student", lambda part: [x.save_pretrained(part) for x in parts])
+    save(out / "student", lambda to: [x.save_pretrained(to) for x in (student, student_tokenizer)])
     metric = next(iter(results["student"]))
     print(f"\n         layers  parameters  megabytes  ms per sentence  {metric}")
     for role in ("teacher", "student"):

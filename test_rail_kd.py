@@ -737,8 +737,8 @@ def test_bad_settings_end_in_one_line_and_leave_nothing(words, hint, capsys, tmp
     (GOOD, "sentence1,sentence2,label\na,b,good\n", "columns"),
     ("sentence,label\na, and b,x\nc,y\n", GOOD, ""), ('{"sentence": "a", "lab', GOOD, ""),
     ('{"sentence": null, "label": 1}\n', GOOD, "example 1"),
-    ('{"sentence": ["a"], "label": 1}\n', GOOD, ""),
-    ('{"sentence": "a", "label": 1}\n{"sentence": "b", "label": "x"}\n', GOOD, "")], ids=range(18))
+    ('{"sentence": ["a"], "label": 1}\n', GOOD, ""), (GOOD, "sentence,label\na,-1\n", "'-1'"),
+    ('{"sentence": "a", "label": 1}\n{"sentence": "b", "label": "x"}\n', GOOD, "")], ids=range(19))
 def test_bad_file_is_named_in_one_line(world, tmp_path, capsys, train, validation, hint):
     paths = [tmp_path / f"train.{'jsonl' if '{' in train else 'csv'}", tmp_path / "validation.csv"]
     for path, content in zip(paths, (train, validation)):
