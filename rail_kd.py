@@ -309,10 +309,10 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
         for step, rows in enumerate(tqdm(batches, f"epoch {epoch}", leave=False, disable=quiet)):
             if settings.resample == "step":
                 layers = choose_layers(settings, n, m, epoch, step)
-            own = rows[rank::world] or rows[:1]    # this process's share; none: any row, weight 0
+            local = rows[rank::world] or rows[:1]  # this process's rows; none: any row, factor 0
             factor = len(rows[rank::world]) / len(rows)
-            targets = () if teacher_outputs is None else teacher_outputs(own, layers)
-            losses = model(make_batch(data, tokenizer, own, student.device), *targets)
+            targets = () if teacher_outputs is None else teacher_outputs(local, layers)
+            losses = model(make_batch(data, tokenizer, local, student.device), *targets)
             # losses[3], the total, is minimised. DDP averages the gradients, hence `world`.
             scaler.scale(losses[3] * factor * world).backward()
             scaler.step(optimizer)
@@ -342,8 +342,8 @@ def label_loss(logits, labels):
 
 def outputs_of(model, batch, precision="fp32", pool=False):
     """Logits (B, C), and with `pool` the pooled layers 1..n (B, n, d), else None; in float32."""
-    kind = torch.float16 if precision == "fp16" else torch.bfloat16
-    with torch.autocast(model.device.type, kind, enabled=precision != "fp32"):
+    half = torch.float16 if precision == "fp16" else torch.bfloat16
+    with torch.autocast(model.device.type, half, enabled=precision != "fp32"):
         # Without the labels: the losses are computed here.
         out = model(**dict(batch, labels=None), output_hidden_states=pool)
     # hidden_states[0] is the output of the embeddings, hidden_states[j] that of layer j.
@@ -793,27 +793,27 @@ class Settings:
         device = best.type if self.device == "auto" else self.device
         # A T4 only emulates bf16, slowly.
         half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        kinds = {"cuda": [half, "fp16", "bf16"], "cpu": ["fp32", "bf16"]}.get(device, []) + ["fp32"]
+        modes = {"cuda": [half, "fp16", "bf16"], "cpu": ["fp32", "bf16"]}.get(device, []) + ["fp32"]
         # With one draw per epoch and 12 -> 4 layers, 10 epochs let 96 % of the layers teach.
         defaults = {"task": "toy" if toy else None, "teacher": None if toy else "bert-base-uncased",
                     "epochs": 8 if toy else 10, "teacher_epochs": 5 if toy else 3,
-                    "learning_rate": 5e-4 if toy else 5e-5, "device": device, "precision": kinds[0]}
+                    "learning_rate": 5e-4 if toy else 5e-5, "device": device, "precision": modes[0]}
         new = dataclasses.replace(self, **{name: value for name, value in defaults.items()
                                            if getattr(self, name) in (None, "auto")})
         name = f"{new.task or Path(new.train_file or '').stem}-{new.mapping}-seed{new.seed}"
         out = new.output_dir or f"runs/{name}-{time.time():.0f}-{os.getpid()}"
         # The weights of unused losses are dropped; the others are rescaled to sum to 1.
         used = {"none": [1.0, 1.0, 0.0], "finetune": [1.0, 0.0, 0.0]}.get(new.mapping, [1.0] * 3)
-        share = combined_loss(*used, new.weights)  # the weight of the losses in use; checks all
+        used_weight = combined_loss(*used, new.weights)           # this checks the weights too
         conflicts = {                              # each message, and when it applies
             f"--device {device} --precision {self.precision} is not available here":
-                device not in (best.type, "cpu") or new.precision not in kinds,
+                device not in (best.type, "cpu") or new.precision not in modes,
             "--task and own files exclude each other": new.task and own_files != [None, None],
             "--train-file and --validation-file belong together": own_files.count(None) == 1,
             "--student and --student-layers exclude each other": new.student and new.student_layers,
             "--mapping attention needs --variant layerwise":
                 new.mapping == "attention" and new.variant == "concat",
-            f"--mapping {new.mapping} leaves nothing to learn from": share == 0,
+            f"--mapping {new.mapping} leaves nothing to learn from": used_weight == 0,
             "--max-train-examples: the toy makes at most 100000":
                 toy and (new.max_train_examples or 0) > 100_000,
             f"--output-dir {out} is in use: name a new folder":
@@ -821,8 +821,8 @@ class Settings:
         found = [text for text, applies in conflicts.items() if applies]
         if found:
             raise ValueError("; ".join(found))
-        if share < 1 - 1e-6:                       # once: a resumed run keeps the same digits
-            new.weights = [weight * use / share for weight, use in zip(new.weights, used)]
+        if used_weight < 1 - 1e-6:                 # once: a resumed run keeps the same digits
+            new.weights = [weight * use / used_weight for weight, use in zip(new.weights, used)]
         return dataclasses.replace(new, output_dir=out)
 
 
@@ -871,8 +871,8 @@ def run(settings):
                         settings.projection_size, settings.centre).to(settings.device)
     teacher_sets = prepare(teacher, tokenizer, sets, settings, "teacher")
     student_sets = prepare(student, student_tokenizer, sets, settings, "student")
-    teacher_side = teacher, teacher_sets, tokenizer
-    student_side = student, student_sets, student_tokenizer
+    teacher_args = teacher, teacher_sets, tokenizer
+    student_args = student, student_sets, student_tokenizer
 
     # Claim the folder with a file that only one run can create. From here on, --resume works.
     results["settings"] = dataclasses.asdict(settings) | {"resume": None}
@@ -881,20 +881,20 @@ def run(settings):
     if not settings.resume and processes()[0] == 0:
         with refuse(f"--output-dir {out} is in use, or can't be written to"):
             out.mkdir(parents=True, exist_ok=True)
-            with open(out / "metrics.json", "x") as file:
-                json.dump(results, file)
+            (out / "metrics.json").touch(exist_ok=False)
         kind = f"classes {', '.join(feature.names)}" if hasattr(feature, "names") else "regression"
         print(f"{len(sets['train']):,} training examples, {kind}\nteacher {n} layers, student {m}; "
               f"mapping {settings.mapping}, {settings.epochs} epochs in {settings.precision} on "
               f"{settings.device}; results go to {out}")
+    save_json(out / "metrics.json", results)
 
     teacher_logits, table = {}, None               # after_epoch reads them once they are filled
 
-    def after_epoch(part, side, history, layers):
+    def after_epoch(record, args, history, layers):
         """Adds the scores of an epoch to its record, prints a line, and updates metrics.json."""
-        scores, last = score(*side, settings, teacher_logits), history[-1]
+        scores, last = score(*args, settings, teacher_logits), history[-1]
         last |= scores
-        part["epochs"] = history
+        record["epochs"] = history
         if layers is not None:
             _, pooled = table(range(min(256, len(sets["train"]))), layers)
             t = F.normalize(rail.project(rail.teacher_proj, pooled), dim=-1).detach()
@@ -916,17 +916,17 @@ def run(settings):
                                    epochs=settings.teacher_epochs)
         data = teacher_sets.get("teacher_train", teacher_sets["train"])
         train(Distiller(teacher, None, plan), data, tokenizer, plan, out / "teacher.pt",
-              lambda *args: after_epoch(results["teacher"], teacher_side, *args))
+              lambda *more: after_epoch(results["teacher"], teacher_args, *more))
         save(out / "teacher", lambda to: [x.save_pretrained(to) for x in (teacher, tokenizer)])
         print(f"It can be used again with --teacher {shlex.quote(str(out / 'teacher'))}")
-        del teacher, student, teacher_side, student_side       # their memory is needed again
+        del teacher, student, teacher_args, student_args       # their memory is needed again
         # Starts over as a resumed run, which finds out/teacher and uses it like any other.
         return run(Settings(resume=str(out), device=settings.device, precision=settings.precision))
     teacher.requires_grad_(False)                  # from here on it is frozen
     teacher_logits = {name: predict(teacher, data, tokenizer, settings.precision)
                       for name, data in teacher_sets.items() if name not in UNSCORED}
     warn_of_weak_teacher(teacher_logits["validation"], np.array(sets["validation"]["label"]))
-    results["teacher"] |= score(*teacher_side, settings) | costs(*teacher_side, settings)
+    results["teacher"] |= score(*teacher_args, settings) | costs(*teacher_args, settings)
 
     # The loop that brings teacher, student and projections together.
     if settings.mapping != "finetune":
@@ -934,9 +934,9 @@ def run(settings):
         table = teacher_table(teacher, teacher_sets["train"], tokenizer, settings, place)
     print("The student learns:")
     train(Distiller(student, rail, settings), student_sets["train"], student_tokenizer, settings,
-          out / "student.pt", lambda *args: after_epoch(results, student_side, *args), table, n)
-    results["student"] |= score(*student_side, settings, teacher_logits)
-    results["student"] |= costs(*student_side, settings)
+          out / "student.pt", lambda *more: after_epoch(results, student_args, *more), table, n)
+    results["student"] |= score(*student_args, settings, teacher_logits)
+    results["student"] |= costs(*student_args, settings)
     results["evaluation"] = {
         path: {role: results[role]["evaluation"][path] for role in ("teacher", "student")}
         for path in settings.eval_file}
