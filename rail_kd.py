@@ -5,8 +5,8 @@ A small Transformer, the *student*, learns to imitate a large, frozen one, the *
     L  =  w1 * CE  +  w2 * KD  +  w3 * RAIL
 
 CE compares the student's output with the labels, KD with the teacher's output, and RAIL compares
-intermediate layers. In each epoch RAIL-KD draws teacher layers at random and sorts them, so that
-deeper layers learn from deeper ones:
+intermediate layers. At the start of each epoch, RAIL-KD draws teacher layers at random and sorts
+them, so that deeper student layers learn from deeper teacher layers:
 
     teacher layer    1    2    3    4    5    6    7    8    9   10   11   12
                           |                        |         |              :
@@ -14,15 +14,16 @@ deeper layers learn from deeper ones:
     student layer         1                        2         3              4   <--  labels: CE
 
     arrows: RAIL. This epoch's draw is 2, 7, 9; the next epoch's will differ.
-    dots:   KD. The last layers meet at the logits and are left out of the draw.
+    dots:   KD. The last layers are matched through the logits, so they are left out of the draw.
 
-At each arrow both outputs are averaged over the tokens of a sentence, projected to one width, each
-by its own trained layer, and scaled to length 1. RAIL is the mean of their squared distances.
+At each arrow, both outputs are averaged over the tokens of a sentence, projected to a common width
+(by one trained layer for the student, and one for the teacher) and scaled to length 1. RAIL is the
+mean squared distance of these pairs.
 
     python rail_kd.py --task toy --student-layers 4        # two minutes on a laptop, offline
     python rail_kd.py --task sst2 --student-layers 4       # BERT-base, cut from 12 layers to 4
 
-The toy run ends like this:
+The toy run ends with:
 
              layers  parameters  megabytes  ms per sentence  accuracy
     teacher      12     413,122        1.7             3.80  1.0000
@@ -31,7 +32,7 @@ The toy run ends like this:
 Source: Haidar, Anchuri, Rezagholizadeh, Ghaddar, Langlais, Poupart, "RAIL-KD: RAndom Intermediate
 Layer Mapping for Knowledge Distillation", Findings of NAACL 2022, arXiv 2109.10164. Unofficial, and
 written without the paper's full text: from its abstract, its first table and two public
-re-implementations (aitsc/GLMKD and TKC002/CILDA-plus-minILD). Who decided what:
+re-implementations (aitsc/GLMKD and TKC002/CILDA-plus-minILD). Where each choice comes from:
 
     draw once per epoch, sorted; weighted sum of the losses                   the paper
     weights 1/3 each; u = 128; mean over tokens, projection, unit length      both implementations
@@ -40,17 +41,17 @@ re-implementations (aitsc/GLMKD and TKC002/CILDA-plus-minILD). Who decided what:
     mean over the k pairs, so that RAIL lies in [0, 4]                        ours
     padding is left out of the mean over tokens (both include it)             ours
     projections with a bias, at the learning rate of the student              ours
-    temperature 2 (the factor T^2 is standard)                                ours (theirs: 10, 1)
+    temperature 2 (the factor T^2 is standard)                                ours (they: 10, 1)
     10 epochs, learning rate 5e-5, 10 % warm-up, no weight decay or clipping  ours (one: 20, 2e-5)
     the student starts from evenly spaced layers of its teacher               ours
-    --centre avoids the trivial solution of section 2; off by default         ours
+    --centre, against the trivial solution of section 2; off by default       ours
 
-Letters: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
+Notation: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
-width of the projections, T the temperature. The method is in sections 1 to 3 (draw, losses, loop);
-a reader can stop there. The rest serves it: 4 the teacher's outputs, 5 models, 6 data, 7 scores,
-8 settings, 9 the whole job, 10 files and command line. For a course, blank the code between the
-SOLUTION markers; see the README.
+width of the projections, T the temperature. Sections 1 to 3 (draw, losses, loop) are the method,
+and you can stop reading there. The rest supports it: 4 the teacher's outputs, 5 models, 6 data,
+7 scores, 8 settings, 9 the whole job, 10 files and command line. For a course, the code between the
+SOLUTION markers can be removed; see the README.
 """
 import argparse, contextlib, copy, csv, dataclasses, inspect, json, math
 import os, re, shlex, shutil, sys, time, timeit
@@ -67,15 +68,16 @@ from tqdm import tqdm
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 # ---- 1. The draw -------------------------------------------------------------------------------
-# Two facts, checked by the tests and the notebook:
+# A draw of 2, 7, 9 is a map: teacher layer 2 teaches student layer 1, 7 teaches 2, and 9 teaches 3.
+# Two facts about such maps, checked by the tests and the notebook:
 #
-#   The mean is evenly spaced. The i-th smallest of k distinct uniform draws from 1..n-1 has mean
-#   i*n/(k+1) = i*n/m: for 12 -> 4 the layers 3, 6, 9, the map that PKD calls "skip". Only the
-#   means agree: student layer 1's most likely partner is teacher layer 1, and the map 3, 6, 9 is
-#   one of 165 that are equally likely.
+#   On average, they are evenly spaced. The i-th smallest of k distinct uniform draws from 1..n-1
+#   has mean i*n/(k+1) = i*n/m: for 12 -> 4, layers 3, 6 and 9, the map that PKD calls "skip". Only
+#   the means agree: student layer 1's most likely partner is teacher layer 1, and 3, 6, 9 is just
+#   one of 165 equally likely maps.
 #
-#   Nearly all layers teach, though each step costs only k pairs. For 12 -> 4, a layer sits out one
-#   epoch with probability 1 - k/(n-1) = 72.7 %, 5 epochs with 20.3 %, 10 epochs with 4.1 %.
+#   Nearly every layer teaches, though each step pays for only k pairs. For 12 -> 4, a layer sits
+#   out one epoch with probability 1 - k/(n-1) = 72.7 %, all of 5 with 20.3 %, all of 10 with 4.1 %.
 
 
 def sample_layer_map(num_teacher_layers, num_student_layers, rng):
@@ -88,8 +90,7 @@ def sample_layer_map(num_teacher_layers, num_student_layers, rng):
     Args: num_teacher_layers, num_student_layers: n and m; rng: an np.random.Generator, the only
         source of randomness.
     Returns: ascending int array (k,).
-    Raises: ValueError for m < 2 (no intermediate layer to teach) or m > n. Here and below, the
-        message is a sentence that says what is wrong."""
+    Raises: ValueError for m < 2 (no intermediate layer to teach) or m > n."""
     ### BEGIN SOLUTION
     if not 2 <= num_student_layers <= num_teacher_layers:
         raise ValueError(f"{num_student_layers} student layers and {num_teacher_layers} teacher "
@@ -100,17 +101,20 @@ def sample_layer_map(num_teacher_layers, num_student_layers, rng):
 
 
 def choose_layers(settings, n, m, epoch, step=0):
-    """The teacher layers of an epoch, as `settings.mapping` says: int array (k,), or None.
-    The other methods lend only their map: `skip` and `last` are those of PKD (Sun et al. 2019),
-    `attention`, all n-1 candidates for each student layer, that of ALP-KD (Passban et al. 2021).
-    Pooling, projection and loss stay, so they are not the full recipes of those papers."""
+    """The teacher layers of an epoch, according to `settings.mapping`: int array (k,), or None.
+    Only the maps are borrowed from other methods: `skip` and `last` from PKD (Sun et al. 2019),
+    `attention`, where all n-1 candidates teach each student layer, from ALP-KD (Passban et al.
+    2021). Pooling, projections and loss stay the same."""
     if settings.mapping == "random":
-        # Not one generator for the whole run: a resumed run would draw other layers.
+        # Not one generator for the whole run: after a resume it would draw other layers.
         key = [settings.seed, epoch, step if settings.resample == "step" else 0]
         return sample_layer_map(n, m, np.random.default_rng(key))
-    i = np.arange(1, m)                                        # np.rint rounds halves to even
-    maps = {"skip": np.rint(i * n / m).astype(int), "last": n - m + i, "attention": np.arange(1, n)}
-    return maps.get(settings.mapping)
+    i = np.arange(1, m)
+    if settings.mapping == "skip":
+        return np.rint(i * n / m).astype(int)                  # rounds halves to even
+    if settings.mapping == "last":
+        return n - m + i
+    return np.arange(1, n) if settings.mapping == "attention" else None
 
 
 # ---- 2. The losses -----------------------------------------------------------------------------
@@ -121,19 +125,20 @@ def choose_layers(settings, n, m, epoch, step=0):
 #
 # Between unit vectors || s - t ||^2 = 2 - 2 cos(s, t): 0 for equal directions, 4 for opposite ones.
 #
-# The trivial solution. Both projections are trained, so the loss also falls if both map every
-# sentence to one direction: near 0, it then teaches nothing. The loss cannot reveal this; the mean
-# cosine c of *different* sentences after the teacher's projection can. At cosine c, a student that
-# ignores its input already gets down to about 2 - 2 sqrt(c). Centring rules out one shared
-# direction: the mean over the batch is subtracted from each side before it gets unit length. That
-# raised the score on the toy, but not on real text: see the README's findings.
+# The trivial solution. Both projections are trained, so the loss can also fall because both send
+# every sentence in the same direction. It is then near 0 and teaches nothing. The loss itself can't
+# show this, but the mean cosine c between *different* sentences after the teacher's projection can:
+# the mean of their unit vectors has length sqrt(c), so a student that always answers with its
+# direction, whatever the input, already reaches a loss of about 2 - 2 sqrt(c). Centring prevents
+# this: the mean over the batch is subtracted from each side before normalisation. It raised the
+# score on the toy but not on real text: see the README's findings.
 
 
 def mean_pool(hidden_states, attention_mask):
     """One vector per sentence: the mean of a layer's output over the real tokens.
 
-    Padding is ignored, whatever its values, even NaN. Otherwise the loss of a sentence would
-    depend on how long its neighbours in the batch are.
+    Padding is ignored, whatever it contains, even NaN. Otherwise the loss of a sentence would
+    depend on the length of its neighbours in the batch.
 
     Args: hidden_states (B, S, d), any float type; attention_mask (B, S), any type: 1 for a real
         token, 0 for padding.
@@ -144,7 +149,7 @@ def mean_pool(hidden_states, attention_mask):
         raise ValueError(f"hidden states {hidden_states.shape} and attention mask "
                          f"{attention_mask.shape} must be (B, S, d) and (B, S)")
     mask = attention_mask.bool().unsqueeze(-1)                                  # (B, S, 1)
-    # Not multiplied by the mask: 0 * NaN is NaN.
+    # masked_fill, not a product with the mask: 0 * NaN is NaN.
     total = hidden_states.float().masked_fill(~mask, 0.0).sum(dim=1)            # (B, d)
     return total / mask.sum(dim=1).clamp(min=1)                                 # (B, d) / (B, 1)
     ### END SOLUTION
@@ -153,13 +158,13 @@ def mean_pool(hidden_states, attention_mask):
 class RailLoss(nn.Module):
     """The intermediate loss: project, normalise, compare.
 
-    Variant "layerwise" (RAIL-KD^l) compares pair by pair, "concat" (RAIL-KD^c) joins the k vectors
-    of a side first, "attention" is layer-wise with all teacher candidates for each student layer.
-    The projections are trained with the student and discarded afterwards.
+    Variant "layerwise" (RAIL-KD^l) compares pair by pair, "concat" (RAIL-KD^c) concatenates the k
+    vectors of each side first, "attention" is layer-wise with all teacher candidates for each
+    student layer. The projections are trained with the student and discarded afterwards.
 
     Args: teacher_dim, student_dim, num_pairs, projection_size: d_t, d_s, k, u; centre: subtract
-        the mean over the batch from both sides, so that a batch of one has loss 0 (with several
-        processes, each uses the mean of its own part of a batch).
+        the mean over the batch from both sides (a batch of one then has loss 0; with several
+        processes, each uses its own part of the batch).
     Raises: ValueError for an unknown variant, or a size below 1."""
 
     def __init__(self, teacher_dim, student_dim, num_pairs, variant="layerwise",
@@ -171,12 +176,12 @@ class RailLoss(nn.Module):
             raise ValueError("widths, number of pairs and projection size must be at least 1")
         self.num_pairs, self.variant, self.centre = num_pairs, variant, centre
         joined = num_pairs if variant == "concat" else 1
-        # As attributes: in a plain list they would not be moved to the GPU, trained or saved.
+        # Attributes: in a plain list they would not be moved to the GPU, trained or saved.
         self.teacher_proj = nn.Linear(joined * teacher_dim, projection_size)
         self.student_proj = nn.Linear(joined * student_dim, projection_size)
 
     def project(self, linear, pooled):
-        """One side before it gets unit length: (B, k, d) -> (B, k, u), or (B, u) for concat."""
+        """Projects one side, before normalisation: (B, k, d) -> (B, k, u), or (B, u) for concat."""
         vectors = linear(pooled.flatten(1) if self.variant == "concat" else pooled)
         return vectors - vectors.mean(dim=0) if self.centre else vectors
 
@@ -184,18 +189,18 @@ class RailLoss(nn.Module):
         """Mean squared distance of the projected unit vectors, over pairs and batch: in [0, 4].
 
         Both sides go through `self.project`, each with its own projection, and are then divided by
-        their L2 norm (zero vectors stay zero). Layer-wise, row i of one side meets row i of the
+        their L2 norm (zero vectors stay zero). Layer-wise, layer i of one side meets layer i of the
         other. With attention, the teacher's vector of pair i is the sum of all projected
         candidates, weighted by the softmax of their dot products with the projected student vector
-        i, before the norm is taken. Returns a scalar; no gradient flows into `teacher_pooled`.
+        i, before normalisation. Returns a scalar; no gradient flows into `teacher_pooled`.
 
         Args: student_pooled (B, k, d_s); teacher_pooled (B, k, d_t), the mapped layers, or with
             attention (B, n-1, d_t), all.
-        Raises: ValueError for a side without exactly k rows (with attention: the student's side),
+        Raises: ValueError for a side without exactly k layers (with attention: the student's side),
             or batches of different size."""
         ### BEGIN SOLUTION
         B, k = len(teacher_pooled), self.num_pairs
-        # Attention has no map: its teacher side may have any number of rows.
+        # Attention pairs no layers: the teacher's side may have any number of them.
         paired = self.variant == "attention" or teacher_pooled.shape[1] == k
         if not paired or student_pooled.shape[:2] != (B, k):
             raise ValueError(f"student {student_pooled.shape} and teacher {teacher_pooled.shape} "
@@ -213,22 +218,22 @@ def kd_loss(student_logits, teacher_logits, temperature):
     """T^2 * KL(softmax(z_t / T) || softmax(z_s / T)), batch mean, a scalar (Hinton et al. 2015).
 
     A higher T shows more of what the teacher thinks of the wrong classes. The gradient of the
-    softened KL shrinks as 1/T^2; the factor T^2 keeps the term's weight the same. For a
-    regression, (B, 1): the mean squared error. No gradient flows into `teacher_logits`.
+    softened KL shrinks as 1/T^2; the factor T^2 makes up for that. For regression, (B, 1): the
+    mean squared error. No gradient flows into `teacher_logits`.
 
     Args: student_logits, teacher_logits (B, C); temperature T > 0, finite (checked, but not used,
-        for a regression).
-    Raises: ValueError for shapes that differ or are not (B, C), or another temperature."""
+        for regression).
+    Raises: ValueError for shapes that differ or are not (B, C), or an invalid temperature."""
     ### BEGIN SOLUTION
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
         raise ValueError(f"student logits {student_logits.shape} and teacher logits "
-                         f"{teacher_logits.shape} must have one shape (B, C)")
+                         f"{teacher_logits.shape} must both be of shape (B, C)")
     if not 0 < temperature < torch.inf:
         raise ValueError(f"temperature {temperature} must be a positive finite number")
     if student_logits.shape[1] == 1:
         return F.mse_loss(student_logits, teacher_logits.detach())
     # F.kl_div(a, b) is KL(b || a): the student comes first, both as *log*-probabilities. The
-    # default reduction "mean" divides by B * C: the weight would depend on the number of classes.
+    # default reduction "mean" divides by B * C, so the term's weight would depend on C.
     log_s = F.log_softmax(student_logits / temperature, dim=-1)
     log_t = F.log_softmax(teacher_logits.detach() / temperature, dim=-1)
     return temperature ** 2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
@@ -240,7 +245,7 @@ def combined_loss(ce, kd, rail, weights):
 
     Args: ce, kd, rail: scalars, tensors (gradients flow back) or plain numbers; weights
         (w1, w2, w3), each >= 0, with sum 1.
-    Raises: ValueError unless weights are three, none negative or NaN, with sum 1 (to 1e-6)."""
+    Raises: ValueError unless there are three weights, none negative or NaN, of sum 1 (to 1e-6)."""
     ### BEGIN SOLUTION
     if len(weights) != 3 or not all(w >= 0 for w in weights) or abs(sum(weights) - 1) > 1e-6:
         raise ValueError(f"weights {weights} must be three numbers >= 0 (CE, KD, RAIL) with sum 1")
@@ -249,10 +254,14 @@ def combined_loss(ce, kd, rail, weights):
 
 
 # ---- 3. One step, and the loop -----------------------------------------------------------------
+# Helpers from below, so that this section can be read alone. outputs_of: a model's logits and
+# pooled layers; label_loss: CE; make_batch: some examples, padded; length_batches: row numbers in
+# batches of similar length; load_state, save, fingerprint: for resuming; processes, summed: for
+# several GPUs, with rank 0 and world 1 where there is one.
 
 
 class Distiller(nn.Module):
-    """What is trained: student and projections. Its forward pass is one step of the method."""
+    """What is trained: student and projections. The forward pass gives the losses of one step."""
 
     def __init__(self, student, rail, settings):
         super().__init__()
@@ -260,8 +269,8 @@ class Distiller(nn.Module):
 
     def forward(self, batch, teacher_logits=None, teacher_pooled=None):
         """CE, KD, RAIL and their weighted sum, (4,). batch: {input_ids (B, S), ..., labels (B,)};
-        the teacher's outputs for it: logits (B, C), pooled layers (B, k, d_t). KD without
-        teacher logits is 0, and so is RAIL without projections."""
+        the teacher's outputs for it: logits (B, C), pooled layers (B, k, d_t). KD is 0 without
+        teacher logits, and RAIL is 0 without projections."""
         logits, pooled = outputs_of(self.student, batch, self.settings.precision, bool(self.rail))
         ce = label_loss(logits, batch["labels"])
         kd = rail = torch.zeros_like(ce)
@@ -275,28 +284,28 @@ class Distiller(nn.Module):
 def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher_outputs=None, n=0):
     """Trains a Distiller in place; returns the history, one dict per epoch.
     `teacher_outputs(rows, layers)` looks up the logits (B, C) and pooled layers (B, k, d_t) of a
-    teacher of n layers, see section 4; without it, only the labels teach. `after_epoch(history,
-    layers)` adds scores. All randomness is seeded from (seed, epoch), and each epoch ends by saving
-    to `state_file`: a killed run resumes after its last full epoch and, on a CPU, ends bit for bit
-    the same. Raises FloatingPointError for a loss that is not finite, ValueError if `state_file`
-    was saved with other data."""
+    teacher of n layers, see section 4; without it, the model learns from the labels alone.
+    `after_epoch(history, layers)` adds scores. All randomness is seeded from (seed, epoch), and the
+    state is saved after each epoch: a killed run resumes after its last full epoch, on a CPU with
+    bit-identical results. Raises FloatingPointError for a loss that is not finite, ValueError if
+    `state_file` was saved with other data."""
     (rank, world), student = processes(), distiller.student
     m, lengths = student.config.num_hidden_layers, lengths_of(data)
     steps = math.ceil(len(data) / settings.batch_size) * settings.epochs
     groups = [{"params": student.parameters(), "lr": settings.learning_rate}]
-    if distiller.rail:             # new, so from random numbers: it may need a rate of its own
+    if distiller.rail:             # starts from random weights: it may need a rate of its own
         rate = settings.projection_learning_rate or settings.learning_rate
         groups.append({"params": distiller.rail.parameters(), "lr": rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     # Warm-up for a tenth of the steps, then linearly down to 0.
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    # In fp16 small gradients would become 0: the loss is scaled up, the gradients back down.
+    # In fp16, small gradients would become 0: the loss is scaled up, the gradients back down.
     scaler = torch.amp.GradScaler(student.device.type, enabled=settings.precision == "fp16")
     parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     history = load_state(state_file, parts, data)
+    quiet = rank > 0 or None               # None: a progress bar only on a terminal
     model = distiller
-    quiet = rank > 0 or None               # None: a progress bar where stderr is a terminal
-    if world > 1:                          # XLNet, say, has weights that a classifier never uses
+    if world > 1:                          # some models, such as XLNet, have unused weights
         model = nn.parallel.DistributedDataParallel(distiller, find_unused_parameters=True)
 
     for epoch in range(len(history) + 1, settings.epochs + 1):
@@ -309,35 +318,35 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
         for step, rows in enumerate(tqdm(batches, f"epoch {epoch}", leave=False, disable=quiet)):
             if settings.resample == "step":
                 layers = choose_layers(settings, n, m, epoch, step)
-            local = rows[rank::world] or rows[:1]  # this process's rows; none: any row, factor 0
-            factor = len(rows[rank::world]) / len(rows)
+            own = rows[rank::world]                # of this process, perhaps none
+            local, factor = own or rows[:1], len(own) / len(rows)      # none: any row, times 0
             targets = () if teacher_outputs is None else teacher_outputs(local, layers)
             losses = model(make_batch(data, tokenizer, local, student.device), *targets)
-            # losses[3], the total, is minimised. DDP averages the gradients, hence `world`.
+            # losses[3] is the total. DDP averages over the processes; `world` makes that a sum.
             scaler.scale(losses[3] * factor * world).backward()
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
             optimizer.zero_grad()
-            sums += losses.detach() * factor * len(rows) / len(data)   # read after the epoch
-        # Sum first (it waits for the device), then read the clock.
+            sums += losses.detach() * factor * len(rows) / len(data)   # stays on the device
+        # Summing waits for the device, so the clock is read afterwards.
         sums = summed(sums, f"the loss of epoch {epoch}").tolist()
         seconds = time.perf_counter() - start
-        one_map = layers is not None and settings.mapping != "attention"
-        known = layers.tolist() if one_map and settings.resample == "epoch" else None
-        history.append({"epoch": epoch, "layers": known, "seconds": seconds,
-                        "examples_per_second": len(data) / seconds}
-                       | dict(zip(("ce", "kd", "rail", "total"), sums)))
+        one_map = settings.mapping in ("random", "skip", "last") and settings.resample == "epoch"
+        history.append({"epoch": epoch, "layers": layers.tolist() if one_map else None,
+                        "seconds": seconds, "examples_per_second": len(data) / seconds,
+                        **dict(zip(("ce", "kd", "rail", "total"), sums))})
         after_epoch(history, layers)
-        state = {name: part.state_dict() for name, part in parts.items()} | {"history": history}
-        save(state_file, lambda file: torch.save(state | {"data": fingerprint(data)}, file))
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"history": history, "data": fingerprint(data)}
+        save(state_file, lambda file: torch.save(state, file))
     return history
 
 
 def label_loss(logits, labels):
     """CE of logits (B, C) and class numbers (B,); mean squared error for regression, (B, 1)."""
     loss = F.mse_loss if logits.shape[1] == 1 else F.cross_entropy
-    return loss(logits.squeeze(1), labels)         # squeeze changes (B, 1) only, to (B,)
+    return loss(logits.squeeze(1), labels)         # (B, 1) becomes (B,), (B, C) stays as it is
 
 
 def outputs_of(model, batch, precision="fp32", pool=False):
@@ -346,17 +355,19 @@ def outputs_of(model, batch, precision="fp32", pool=False):
     with torch.autocast(model.device.type, half, enabled=precision != "fp32"):
         # Without the labels: the losses are computed here.
         out = model(**dict(batch, labels=None), output_hidden_states=pool)
+    if not pool:
+        return out.logits.float(), None
     # hidden_states[0] is the output of the embeddings, hidden_states[j] that of layer j.
-    pooled = [mean_pool(x, batch["attention_mask"]) for x in out.hidden_states[1:]] if pool else ()
-    return out.logits.float(), torch.stack(pooled, dim=1) if pool else None
+    pooled = [mean_pool(x, batch["attention_mask"]) for x in out.hidden_states[1:]]
+    return out.logits.float(), torch.stack(pooled, dim=1)
 
 
 # ---- 4. The teacher's outputs ------------------------------------------------------------------
 # A frozen teacher gives the same outputs in every epoch, and RAIL-KD needs only its logits and one
-# pooled vector per layer. So it runs over the training data once, and the loop looks up its
-# outputs. A step costs about three forward passes of the student (the backward pass counts as two);
+# pooled vector per layer. So it runs over the training data once, and the loop looks its outputs
+# up. A step costs about three forward passes of the student (the backward pass counts as two);
 # a live teacher, n/m times as deep, would add n/m more to every step. Since only sentence vectors
-# are compared, the two may differ in width, architecture and even tokenizer.
+# are compared, student and teacher may differ in width, architecture and even tokenizer.
 
 
 def make_batch(data, tokenizer, rows, device):
@@ -369,10 +380,10 @@ def predict(model, data, tokenizer, precision="fp32", pooled=None):
     """The logits of a model for encoded data, in their order: float32 array (N, C). If `pooled`
     (N, n, d) is given, it is filled with the pooled outputs of all layers. Several processes share
     the work. Raises FloatingPointError for logits that are NaN or infinite."""
-    model.eval()                                   # with dropout, a teacher would be noisy
+    model.eval()                                   # with dropout, targets would be noisy
     rank, world = processes()
     logits = torch.zeros(len(data), model.config.num_labels, device=model.device)
-    # Short to long, for little padding.
+    # Sorted by length, for little padding.
     batches = np.split(np.argsort(lengths_of(data)), range(64, len(data), 64))[rank::world]
     for rows in tqdm(batches, "forward passes", leave=False, disable=rank > 0 or None):
         batch = make_batch(data, tokenizer, rows, model.device)
@@ -383,13 +394,13 @@ def predict(model, data, tokenizer, precision="fp32", pooled=None):
 
 
 def teacher_table(teacher, data, tokenizer, settings, place):
-    """Runs the frozen teacher over the training data once, and returns a function that looks up:
-    (rows, layers) -> logits (B, C), pooled layers (B, k, d_t), in float32.
+    """Runs the frozen teacher over the training data once, and returns a function that looks up its
+    outputs: (rows, layers) -> logits (B, C), pooled layers (B, k, d_t), in float32.
 
-    The layers lie in a file that is mapped into memory, in half precision: MNLI and 24 layers of
-    width 1024 make 19 GB. A table that an earlier run left in the folder `place` is reused. Its
-    name is a hash of all it depends on: tokens, weights, configuration, pooling. Raises ValueError
-    where the disk has too little space."""
+    The layers are kept in a file that is mapped into memory, in half precision: 19 GB for MNLI and
+    24 layers of width 1024. A table that an earlier run left in the folder `place` is reused: its
+    name is a hash of tokens, weights, configuration and pooling. Raises ValueError if the disk has
+    too little space."""
     name = fingerprint(data.remove_columns("label"), str(teacher.config), tokenizer.padding_side,
                        settings.precision, mean_pool.__code__, outputs_of.__code__,
                        *teacher.state_dict().values())
@@ -414,15 +425,15 @@ def teacher_table(teacher, data, tokenizer, settings, place):
 
 
 # ---- 5. Teacher and student --------------------------------------------------------------------
-# Any encoder that transformers has a classifier for can teach. The student is cut from it, or is
-# another model. Cut from 12 to 4 layers, BERT-base goes from 109 to 53 million parameters, of which
-# 24 million are the embeddings.
+# Any encoder for which transformers has a classifier can be the teacher. The student is cut from
+# it, or is another model. Cut from 12 to 4 layers, BERT-base goes from 109 to 53 million
+# parameters, of which 24 million are the embeddings.
 
 
 def toy_teacher(seed, num_layers=12):
     """(model, tokenizer): an untrained BERT of width 64, with the toy's words as its vocabulary.
-    Deep Transformers that learn from scratch easily stay at chance. What helps here: no dropout,
-    warm-up, and weights that start larger than BERT's 0.02, which was made for a width of 768."""
+    Deep Transformers that are trained from scratch easily stay at chance. What helps: no dropout,
+    warm-up, and initial weights larger than BERT's 0.02, which was chosen for a width of 768."""
     words = " ".join(TOPICS + NEGATIVE + POSITIVE + DEGREES + NEGATIONS + LINKS).split()
     ids = {x: i for i, x in enumerate("[PAD] [UNK] [CLS] [SEP] [MASK] , .".split() + sorted(words))}
     torch.manual_seed(seed)
@@ -435,23 +446,23 @@ def toy_teacher(seed, num_layers=12):
 
 def load_classifier(name, feature, seed, role):
     """(model, tokenizer, trained) from a hub name or a folder, with one output for each class of
-    the data (one for a regression). An encoder that was only pretrained gets a new classifier,
-    drawn from the seed, and `trained` is False. The same holds for a student (`role`) with other
-    classes. No name means the toy's teacher. `feature` is the type of the label column. Raises
-    ValueError if no suitable model can be loaded.
+    the data (one for regression). An encoder that was only pretrained gets a new classifier, drawn
+    from the seed, and `trained` is False; so does a student (`role`) whose classes differ. Without
+    a name: the toy's teacher. `feature` is the type of the label column. Raises ValueError if no
+    suitable model can be loaded.
     """
     if name is None:
         return *toy_teacher(seed), False
     torch.manual_seed(seed)
     with refuse(f"no {role} that fits the data can be loaded from {name!r}"):
-        # Code from the hub never runs, and weights hold none: safetensors, or weights_only.
+        # No code from the hub runs, and weights contain none: safetensors, or weights_only.
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=getattr(feature, "num_classes", 1), ignore_mismatched_sizes=True,
             trust_remote_code=False, output_loading_info=True)
         # What a checkpoint lacks, transformers fills with random numbers. That is right for a new
         # classifier and for BERT's pooler, which belongs to it, but not for the encoder.
-        other = {key for key, *_ in info["mismatched_keys"]}                   # of other shape
+        other = {key for key, *_ in info["mismatched_keys"]}                   # of another shape
         new, encoder = other | set(info["missing_keys"]), f"{model.base_model_prefix}."
         bad = [key for key in new if key.startswith(encoder) and "pooler" not in key]
         if bad or (other and role == "teacher"):
@@ -460,13 +471,13 @@ def load_classifier(name, feature, seed, role):
 
 
 def use_labels(model, feature):
-    """Gives a model, in place, the data's label names, and its logits the data's order.
+    """Gives a model the data's label names, in place, and puts its logits in the data's order.
     MNLI checkpoints on the hub number the classes differently from GLUE. A student of such a
-    teacher would silently learn the wrong classes. If the model has the data's names in
-    another order, perhaps in other case, the rows of its last linear layer are put in the
-    data's order. Names like LABEL_0 say nothing and are replaced. A regression keeps its name."""
+    teacher would silently learn the wrong classes. If the model has the data's names in another
+    order, perhaps in another case, the rows of its last linear layer are reordered. Names like
+    LABEL_0 say nothing and are replaced. For regression, the name is kept."""
     config, names = model.config, getattr(feature, "names", list(model.config.id2label.values()))
-    # Letter case is ignored, unless it alone tells the classes apart.
+    # Letter case is ignored, unless classes differ by nothing else.
     fold = str.lower if len(set(map(str.lower, names))) == len(names) else str
     own = [fold(config.id2label[i]) for i in range(len(names))]
     # order[i] is the model's output for class i of the data.
@@ -490,22 +501,23 @@ def build_student(teacher, num_layers):
     kept = [round(i * n / num_layers) - 1 for i in range(1, num_layers + 1)]   # counted from 0
     with refuse(f"a {type(teacher).__name__} can't be cut: name another model as the student"):
         cut.config.num_hidden_layers = num_layers
-        if getattr(cut.config, "layer_types", None):           # layers that differ keep their type
+        if getattr(cut.config, "layer_types", None):           # each layer keeps its type
             cut.config.layer_types = [cut.config.layer_types[i] for i in kept]
+        # ALBERT has no such list: its layers share their weights.
         path = next(k for k, x in cut.named_modules() if type(x) is nn.ModuleList and len(x) == n)
         cut.set_submodule(path, nn.ModuleList(cut.get_submodule(path)[i] for i in kept))
-        # Not `cut` itself but a new model of its config, since that is what the saved student is
-        # loaded into. Each weight must have its place there. (ALBERT has just one layer.)
+        # Not `cut` itself but a new model of its config, since that is what the saved student will
+        # be loaded into: every weight must have its place there.
         student = type(teacher)(cut.config)
         student.load_state_dict(cut.state_dict())
     return student.train()
 
 
 def prepare(model, tokenizer, sets, settings, role):
-    """Encodes all data for one model, gives the model the data's labels, and tries its shortest and
-    its longest input. Raises ValueError, before anything slow begins, where the method can't use
-    the model: no attention mask, hidden states that are missing or of another shape, too few
-    positions, a precision that it can't compute in."""
+    """Encodes all data for one model, gives the model the data's labels, and tries it on the
+    shortest and the longest training example. Raises ValueError, before anything slow begins, if
+    the method can't use the model: no attention mask, hidden states that are missing or of another
+    shape, too few positions, a precision that it can't compute in."""
     model.to(settings.device)
     hint = "" if settings.precision == "fp32" else ", --precision fp32 may help"
     with refuse(f"the {role}, a {type(model).__name__}, can't be used{hint}"):
@@ -521,9 +533,9 @@ def prepare(model, tokenizer, sets, settings, role):
 
 # ---- 6. Data -----------------------------------------------------------------------------------
 # Every source becomes Datasets with the columns sentence1, sometimes sentence2, and label: a
-# ClassLabel with names, or a float for a regression. The toy shows the method in two minutes,
-# offline: somebody trained a large model on 8,000 carefully labelled sentences. You have that model
-# and 1,000 other sentences, a fifth of them mislabelled.
+# ClassLabel with names, or a float for regression. The toy shows the method offline, in two
+# minutes. Its story: somebody trained a large model on 8,000 carefully labelled sentences. You have
+# that model and 1,000 other sentences, a fifth of them mislabelled.
 
 GLUE = "cola sst2 mrpc stsb qqp mnli qnli rte wnli".split()
 METRICS = {"cola": ["matthews_correlation"], "mrpc": ["accuracy", "f1"], "qqp": ["accuracy", "f1"]}
@@ -542,10 +554,10 @@ def toy_sentences(seed, sizes):
     """Short reviews in which the words alone do not decide the label: a Dataset for each size.
 
     "Although the plot is very clever, the acting is hardly moving" is negative: the clause without
-    "although" decides, or the one after "but" or "yet". Word order shows which one that is, and a
-    negation flips it, so counting words says little. Sentences of one clause are a stepping
-    stone for a deep model that starts from random weights. All sentences differ, and they depend on
-    the seed alone.
+    "although" decides, or the one after "but" or "yet". Word order tells which clause that is, and
+    a negation flips it, so counting words says little. Sentences of one clause are a stepping stone
+    for a deep model that starts from random weights. All sentences differ, and they depend on the
+    seed alone.
     """
     rng, found = np.random.default_rng([seed, 0x7071]), {}    # found: sentence -> label, in order
     while len(found) < sum(sizes):
@@ -563,14 +575,14 @@ def toy_sentences(seed, sizes):
 
 
 def read_file(path, train=None):
-    """A file of CSV or JSON lines -> Dataset with sentence1, maybe sentence2, and label.
+    """A CSV or JSON Lines file -> Dataset with sentence1, perhaps sentence2, and label.
 
-    Names become classes in sorted order, as do whole numbers; one decimal makes it regression.
-    Later files need the columns and labels of `train`, or class numbers: 0 for "negative".
-    Raises ValueError. `datasets.load_dataset` would take [ and * in a path for a pattern, rewrite
-    007 as 7, and give old rows for a new file with the old time stamp.
+    Names, or whole numbers, become classes in sorted order; a single decimal makes it regression.
+    Later files must have the columns and labels of `train`, or class numbers: 0 for "negative".
+    Raises ValueError. `datasets.load_dataset` would take [ and * in a path for a pattern, turn 007
+    into 7, and return old rows for a new file with the old time stamp.
     """
-    with refuse(f"{path} is not a file of CSV or JSON lines in UTF-8 with sentence and label"):
+    with refuse(f"{path} is not a CSV or JSON Lines file in UTF-8 with sentence and label"):
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = (list(csv.DictReader(file, strict=True)) if path.lower().endswith(".csv")
                     else [json.loads(line) for line in file if line.strip()])
@@ -580,7 +592,7 @@ def read_file(path, train=None):
         names = [first, *({"sentence2"} & rows[0].keys()), "label"]
         for number, row in enumerate(rows, 1):
             if None in [*row, *map(row.get, names)] or row["label"] in MISSING:
-                raise ValueError(f"example {number} must have just one of each: {', '.join(names)}")
+                raise ValueError(f"example {number} needs exactly one of each: {', '.join(names)}")
         data = datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in names})
         data = data.cast(datasets.Features(dict.fromkeys(names, datasets.Value("string"))))
         data = data.rename_columns({first: "sentence1"})
@@ -603,9 +615,10 @@ def read_file(path, train=None):
 def load_task(settings):
     """All data of a task, as text: {"train": ..., "validation": ..., file name: ...}.
 
-    Everything is scored but "train", and the toy's "teacher_train": eight times as many other
+    All sets are scored but "train", and the toy's "teacher_train": eight times as many other
     sentences, all labelled correctly. MNLI has "validation_mismatched" too. GLUE's test splits are
-    left out: their labels are all -1. Raises ValueError for a hub out of reach, or a bad file.
+    left out: their labels are all -1. Raises ValueError if the hub can't be reached or a file is
+    bad.
     """
     size = settings.max_train_examples
     if settings.task == "toy":
@@ -626,20 +639,21 @@ def load_task(settings):
         sets["validation"] = read_file(settings.validation_file, sets["train"])
     sets |= {path: read_file(path, sets["train"]) for path in settings.eval_file}
     if size and settings.task != "toy":            # a file may be sorted by label
-        sets["train"] = sets["train"].shuffle(seed=settings.seed).take(size)
+        shuffled = sets["train"].shuffle(seed=settings.seed)
+        sets["train"] = shuffled.select(range(min(size, len(shuffled))))
     return sets
 
 
 def encode(data, tokenizer, model, max_length):
-    """Dataset of text -> Dataset of token numbers (input_ids, attention_mask, ...) and label.
+    """Dataset of text -> Dataset of token ids (input_ids, attention_mask, ...) and label.
 
-    Not padded yet, and cut to `max_length` tokens, or to what tokenizer and model allow. Columns
+    Cut to `max_length` tokens, or to what tokenizer and model allow, but not padded yet. Columns
     that the model's forward pass does not know (DistilBERT: token_type_ids) are left out.
     """
     limit = min(max_length, tokenizer.model_max_length)
     positions = getattr(model.config, "max_position_embeddings", None) or -1     # XLNet has -1
-    # RoBERTa and its kin reserve two positions.
-    limit = positions - 2 if 0 < positions < limit else limit
+    if 0 < positions < limit:
+        limit = positions - 2                      # RoBERTa and its relatives reserve two
     texts = [name for name in data.column_names if name != "label"]
     data = data.map(tokenizer, input_columns=texts, batched=True,
                     fn_kwargs={"truncation": True, "max_length": limit})
@@ -653,8 +667,8 @@ def lengths_of(data):
 
 
 def length_batches(lengths, batch_size, seed):
-    """Row numbers in batches of similar length, in random order; each row is in exactly one. A
-    batch costs as much as its longest sentence does: 25 tokens padded to 128 waste four fifths."""
+    """Row numbers in batches of similar length, in random order; each row is in exactly one. Each
+    sentence is padded to the longest of its batch: from 25 to 128 tokens, four fifths are waste."""
     generator = torch.Generator().manual_seed(seed)
     order = get_length_grouped_indices(lengths, batch_size, generator=generator)
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
@@ -672,7 +686,7 @@ def fingerprint(data, *more):
 
 
 def correlation(a, b, method="pearson"):
-    """Correlation of two arrays (N,); 0 if either is constant, where it is undefined. Spearman's is
+    """Correlation of two arrays (N,); 0 if one is constant, where it is undefined. Spearman's is
     Pearson's of the ranks, and equal values share the mean of their ranks."""
     table = datasets.Dataset.from_dict({"a": a, "b": b}).to_pandas()
     return float(table.corr(method).fillna(0).loc["a", "b"])
@@ -681,15 +695,15 @@ def correlation(a, b, method="pearson"):
 def compute_metrics(logits, labels, task=None, teacher_logits=None):
     """The metrics of GLUE for arrays (N, C) and (N,): {"accuracy": ..., "eval_loss": ...}.
 
-    Your own data get accuracy, or two correlations for a regression. `eval_loss` is CE in nats or
-    the mean squared error, `agreement` how often the teacher chooses the same class.
+    Your own data get accuracy, or two correlations for regression. `eval_loss` is CE in nats or
+    the mean squared error; `agreement` is how often the teacher chooses the same class.
     """
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
     loss = {"eval_loss": float(label_loss(torch.tensor(logits), torch.tensor(labels)))}
     if logits.shape[1] == 1:
         return {"pearson": correlation(logits[:, 0], labels),
                 "spearmanr": correlation(logits[:, 0], labels, "spearman")} | loss
-    # (N,); F1 and Matthews are for two classes, 0 and 1, and Matthews is their Pearson correlation.
+    # (N,). F1 and Matthews are for classes 0 and 1; Matthews is Pearson's correlation for these.
     predicted = logits.argmax(axis=1)
     values = {"accuracy": np.mean(predicted == labels),
               "f1": 2 * np.sum(predicted * labels) / max(np.sum(predicted + labels), 1),
@@ -707,7 +721,7 @@ def evaluate(model, data, tokenizer, task=None, precision="fp32", teacher_logits
 
 
 def score(model, sets, tokenizer, settings, teacher_logits={}):
-    """The metrics of all sets but "train". Those of MNLI's second set end in _mismatched, and
+    """The metrics of all sets that are scored. Those of MNLI's second set end in _mismatched, and
     those of further files go under "evaluation"."""
     found = {name: evaluate(model, sets[name], tokenizer, settings.task, settings.precision,
                             teacher_logits.get(name)) for name in sets if name not in UNSCORED}
@@ -727,13 +741,14 @@ def costs(model, sets, tokenizer, settings):
 
 
 def warn_of_weak_teacher(logits, labels):
-    """Warns if a teacher is no better than always predicting the largest class (or the mean)."""
-    error, floor = np.mean((logits[:, 0] - labels) ** 2), labels.var()
-    if logits.shape[1] > 1:
+    """Warns of a teacher no better than always the most frequent class (regression: the mean)."""
+    if logits.shape[1] == 1:
+        error, guessing = np.mean((logits[:, 0] - labels) ** 2), labels.var()
+    else:
         error = np.mean(logits.argmax(axis=1) != labels)
-        floor = 1 - np.bincount(labels).max() / len(labels)
-    if error >= floor:
-        print(f"\n!!! The teacher's error is {error:.3g}; guessing gives {floor:.3g}. "
+        guessing = 1 - np.bincount(labels).max() / len(labels)
+    if error >= guessing:
+        print(f"\n!!! The teacher's error is {error:.3g}; guessing gives {guessing:.3g}. "
               "It is weak, or its labels mean something else.\n")
 
 
@@ -751,17 +766,17 @@ class Settings:
     """Everything a run depends on. HfArgumentParser makes a flag of each field."""
 
     task: Literal[("toy", *GLUE)] | None = option(None, "The toy (default), or a task of GLUE.")
-    train_file: str | None = option(None, "CSV or JSON lines: sentence, maybe sentence2, label.")
+    train_file: str | None = option(None, "CSV or JSON Lines: sentence, label, perhaps sentence2.")
     validation_file: str | None = option(None, "Your validation data, same columns.")
     eval_file: list[str] = option(list, "Further files to score, such as text of another domain.")
-    max_train_examples: int | None = option(None, "Draw this many training examples (toy: make).")
+    max_train_examples: int | None = option(None, "Use this many, drawn at random (toy: made).")
     max_length: int = option(128, "Cut longer inputs to this many tokens.")
     teacher: str | None = option(None, "Folder or hub name (default: BERT-base, or the toy's).")
-    teacher_epochs: int | None = option(None, "To fine-tune it, if needed (default: 3, toy 5).")
-    student_layers: int | None = option(None, "Teacher layers to keep (default: a third).")
-    student: str | None = option(None, "Or the folder or hub name of any other student.")
+    teacher_epochs: int | None = option(None, "Of fine-tuning, if needed (default: 3, toy 5).")
+    student_layers: int | None = option(None, "Layers to keep from the teacher (default: a third).")
+    student: str | None = option(None, "Folder or hub name of another student, instead.")
     mapping: Literal["random", "skip", "last", "attention", "none", "finetune"] = option(
-        "random", "Teacher layers: drawn, evenly spaced, last, all; none: CE and KD; finetune: CE.")
+        "random", "Teacher layers: random, evenly spaced, last, all; none: CE, KD; finetune: CE.")
     variant: Literal["layerwise", "concat"] = option("layerwise", "RAIL-KD^l or RAIL-KD^c.")
     resample: Literal["epoch", "step"] = option("epoch", "When to draw a new map.")
     centre: bool = option(False, "Subtract the batch mean from both sides of RAIL (see section 2).")
@@ -772,11 +787,11 @@ class Settings:
     epochs: int | None = option(None, "Epochs of distillation (default: 10, toy 8).")
     batch_size: int = option(32, "Examples in a step, over all processes together.")
     learning_rate: float | None = option(None, "Peak rate of AdamW (default: 5e-5, toy 5e-4).")
-    seed: int = option(0, "Everything random comes from it.")
+    seed: int = option(0, "The seed of everything random.")
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: CUDA, MPS or CPU.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "auto: half (CUDA), fp32.")
     output_dir: str | None = option(None, "New folder for the results (default: one in runs/).")
-    resume: str | None = option(None, "Finish the run in this folder; may add device, precision.")
+    resume: str | None = option(None, "Folder of a run to finish; may add device, precision.")
 
     def resolve(self):
         """A copy with all defaults filled in and all values checked. Raises ValueError."""
@@ -821,7 +836,7 @@ class Settings:
         found = [text for text, applies in conflicts.items() if applies]
         if found:
             raise ValueError("; ".join(found))
-        if used_weight < 1 - 1e-6:                 # once: a resumed run keeps the same digits
+        if used_weight < 1 - 1e-6:                 # a second time could change last digits
             new.weights = [weight * use / used_weight for weight, use in zip(new.weights, used)]
         return dataclasses.replace(new, output_dir=out)
 
@@ -832,9 +847,9 @@ class Settings:
 def run(settings):
     """From Settings to a student on disk; returns what metrics.json holds.
 
-    Its folder also holds student/ and, if it was fine-tuned here, teacher/, as transformers'
-    pipeline loads them; *.pt is the state after the last epoch. A resumed run repeats these steps
-    and reuses what it finds. Raises ValueError, OSError or FloatingPointError, each with a
+    The run's folder also holds student/ and, if it was fine-tuned here, teacher/, ready for
+    transformers' pipeline; *.pt is the state after the last epoch. A resumed run repeats these
+    steps and reuses what it finds. Raises ValueError, OSError or FloatingPointError, each with a
     message for the user.
     """
     transformers.utils.logging.set_verbosity_error()
@@ -849,7 +864,7 @@ def run(settings):
         print(f"{out} is finished already.")
         return results
 
-    # Data and models. Problems show here, before anything slow runs or is written.
+    # Data and models. Most problems show here, before anything slow runs or is written.
     sets = load_task(settings)
     feature = sets["train"].features["label"]
     source = str(out / "teacher") if (out / "teacher").is_dir() else settings.teacher
@@ -888,7 +903,7 @@ def run(settings):
               f"{settings.device}; results go to {out}")
     save_json(out / "metrics.json", results)
 
-    teacher_logits, table = {}, None               # after_epoch reads them once they are filled
+    teacher_logits, table = {}, None               # filled below, and read by after_epoch
 
     def after_epoch(record, args, history, layers):
         """Adds the scores of an epoch to its record, prints a line, and updates metrics.json."""
@@ -898,13 +913,12 @@ def run(settings):
         if layers is not None:
             _, pooled = table(range(min(256, len(sets["train"]))), layers)
             t = F.normalize(rail.project(rail.teacher_proj, pooled), dim=-1).detach()
-            # || sum of t ||^2 is B, from each with itself, plus the cosines of B (B - 1) pairs.
+            # || sum of t ||^2 = B, each with itself, + the cosines of the B (B - 1) other pairs.
             cosine = (t.sum(dim=0).pow(2).sum(dim=-1) - len(t)) / max(len(t) * (len(t) - 1), 1)
             last["cosine"] = cosine.mean().item()  # of different sentences; see section 2
         pairs = " ".join(f"{i}←{j}" for i, j in enumerate(last["layers"] or [], 1))
-        losses = [name for name in ("ce", "kd", "rail") if last[name]]         # 0: not in use
-        names = *losses, *({"cosine"} & last.keys()), next(iter(scores))
-        numbers = "  ".join(f"{name} {last[name]:.3f}" for name in names)
+        names = [name for name in ("ce", "kd", "rail", "cosine") if last.get(name)]  # 0: not in use
+        numbers = "  ".join(f"{name} {last[name]:.3f}" for name in [*names, next(iter(scores))])
         print(f"  epoch {last['epoch']:2}  {pairs}  {numbers}  "
               f"{last['examples_per_second']:,.0f} examples/s")
         save_json(out / "metrics.json", results)
@@ -919,7 +933,7 @@ def run(settings):
               lambda *more: after_epoch(results["teacher"], teacher_args, *more))
         save(out / "teacher", lambda to: [x.save_pretrained(to) for x in (teacher, tokenizer)])
         print(f"It can be used again with --teacher {shlex.quote(str(out / 'teacher'))}")
-        del teacher, student, teacher_args, student_args       # their memory is needed again
+        del teacher, student, teacher_args, student_args       # frees their memory
         # Starts over as a resumed run, which finds out/teacher and uses it like any other.
         return run(Settings(resume=str(out), device=settings.device, precision=settings.precision))
     teacher.requires_grad_(False)                  # from here on it is frozen
@@ -928,7 +942,7 @@ def run(settings):
     warn_of_weak_teacher(teacher_logits["validation"], np.array(sets["validation"]["label"]))
     results["teacher"] |= score(*teacher_args, settings) | costs(*teacher_args, settings)
 
-    # The loop that brings teacher, student and projections together.
+    # The student: first the table of the teacher's outputs, then the same loop.
     if settings.mapping != "finetune":
         place = Path(source) if os.access(source, os.W_OK) else out
         table = teacher_table(teacher, teacher_sets["train"], tokenizer, settings, place)
@@ -941,7 +955,7 @@ def run(settings):
         path: {role: results[role]["evaluation"][path] for role in ("teacher", "student")}
         for path in settings.eval_file}
     save_json(out / "metrics.json", results)
-    # Last, since it marks a finished run. A pipeline needs weights and tokenizer.
+    # Saved last, since it marks a finished run. A pipeline needs weights and tokenizer.
     save(out / "student", lambda to: [x.save_pretrained(to) for x in (student, student_tokenizer)])
     metric = next(iter(results["student"]))
     print(f"\n         layers  parameters  megabytes  ms per sentence  {metric}")
@@ -975,7 +989,7 @@ def processes():
 
 
 def from_rank_0(value=None):
-    """The first process's value, in all of them. Also waits until all are here."""
+    """The first process's value, in all of them. Each waits here for the others."""
     values = [value]
     if processes()[1] > 1:
         torch.distributed.broadcast_object_list(values)
@@ -1004,20 +1018,21 @@ def save(path, write):
 
 
 def save_json(path, content):
-    """Writes a file of JSON (ASCII, so in any encoding), as `save` does."""
+    """Writes a JSON file, as `save` does (in ASCII, so the encoding does not matter)."""
     save(path, lambda part: part.write_text(json.dumps(content, indent=2, allow_nan=False)))
 
 
 def load_state(file, parts, data):
-    """Puts the state that `train` left in `file`, if any, into its parts; returns the history."""
+    """Restores `parts` from the state that `train` saved in `file`, if any; returns the history."""
     if not file.exists():
         return []
-    with refuse(f"{file} is not a state of this run: delete it to train from the start"):
+    with refuse(f"{file} does not belong to this run: delete it to train from scratch"):
         state = torch.load(file, map_location="cpu", weights_only=True)       # never runs code
         if state["data"] != fingerprint(data):
-            raise ValueError("the training data have changed since it began")
-        for name in filter(state.get, parts):      # the scaler's is empty, except in fp16
-            parts[name].load_state_dict(state[name])
+            raise ValueError("the training data have changed since the run began")
+        for name, part in parts.items():
+            if state[name]:                        # the scaler's is empty, except in fp16
+                part.load_state_dict(state[name])
     return state["history"]
 
 
@@ -1030,13 +1045,13 @@ def resumed(settings):
     with refuse(f"--resume {settings.resume}: no run can be resumed there"):
         saved = json.loads((Path(settings.resume) / "metrics.json").read_text())
         own = saved["settings"] | {"output_dir": settings.resume}
-        if settings.device not in ("auto", own["device"]):     # it may lack the old precision
+        if settings.device not in ("auto", own["device"]):     # it may not have the old precision
             own["precision"] = "auto"
         return Settings(**own | {x: given[x] for x in given if given[x] != "auto"}), saved
 
 
 def main(argv=None):
-    """The command line. Returns 0, 2 for what a user can fix (one line on stderr), or 130."""
+    """The command line. Returns 0, 2 for an error (one line on stderr), or 130 after Ctrl-C."""
     parser = transformers.HfArgumentParser(
         Settings, description=__doc__.splitlines()[0], allow_abbrev=False, exit_on_error=False)
     try:
@@ -1060,6 +1075,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # Some terminals have no arrow for 1←3, and a log file should grow line by line.
+    # Some terminals can't print the arrow in 1←3, and a log file should grow line by line.
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     sys.exit(main())
