@@ -200,7 +200,7 @@ class RailLoss(nn.Module):
             or batches of different size."""
         ### BEGIN SOLUTION
         B, k = len(teacher_pooled), self.num_pairs
-        # Attention pairs no layers: the teacher's side may have any number of them.
+        # Attention pairs no layers: its teacher side may have any number of them.
         paired = self.variant == "attention" or teacher_pooled.shape[1] == k
         if not paired or student_pooled.shape[:2] != (B, k):
             raise ValueError(f"student {student_pooled.shape} and teacher {teacher_pooled.shape} "
@@ -819,7 +819,7 @@ class Settings:
         out = new.output_dir or f"runs/{name}-{time.time():.0f}-{os.getpid()}"
         # The weights of unused losses are dropped; the others are rescaled to sum to 1.
         used = {"none": [1.0, 1.0, 0.0], "finetune": [1.0, 0.0, 0.0]}.get(new.mapping, [1.0] * 3)
-        used_weight = combined_loss(*used, new.weights)           # this checks the weights too
+        used_weight = combined_loss(*used, new.weights)            # their sum; checks all three
         conflicts = {                              # each message, and when it applies
             f"--device {device} --precision {self.precision} is not available here":
                 device not in (best.type, "cpu") or new.precision not in modes,
@@ -906,7 +906,8 @@ def run(settings):
     teacher_logits, table = {}, None               # filled below, and read by after_epoch
 
     def after_epoch(record, args, history, layers):
-        """Adds the scores of an epoch to its record, prints a line, and updates metrics.json."""
+        """Adds the scores of an epoch to `record`, prints a line, and updates metrics.json. `args`:
+        what `score` needs of the model that is trained; `history`, `layers`: from `train`."""
         scores, last = score(*args, settings, teacher_logits), history[-1]
         last |= scores
         record["epochs"] = history
