@@ -17,8 +17,8 @@ them, so that deeper student layers learn from deeper teacher layers:
     dots:   KD. The last layers are matched through the logits, so they are left out of the draw.
 
 At each arrow, both outputs are averaged over the tokens of a sentence, projected to a common width
-(by one trained layer for the student, and one for the teacher) and scaled to length 1. RAIL is the
-mean squared distance of these pairs.
+(by one trained linear layer for each side) and scaled to length 1. RAIL is the mean squared
+distance between the two vectors of a pair.
 
     python rail_kd.py --task toy --student-layers 4        # two minutes on a laptop, offline
     python rail_kd.py --task sst2 --student-layers 4       # BERT-base, cut from 12 layers to 4
@@ -39,7 +39,7 @@ re-implementations (aitsc/GLMKD and TKC002/CILDA-plus-minILD). Where each choice
     candidates 1..n-1, k = m-1 pairs: the last layers stay out of the draw    one of them (GLMKD)
     one projection per side, shared by all pairs; squared distance            one of them (GLMKD)
     mean over the k pairs, so that RAIL lies in [0, 4]                        ours
-    padding is left out of the mean over tokens (both include it)             ours
+    padding is excluded from the mean over tokens (both include it)           ours
     projections with a bias, at the learning rate of the student              ours
     temperature 2 (the factor T^2 is standard)                                ours (they: 10, 1)
     10 epochs, learning rate 5e-5, 10 % warm-up, no weight decay or clipping  ours (one: 20, 2e-5)
@@ -49,7 +49,7 @@ re-implementations (aitsc/GLMKD and TKC002/CILDA-plus-minILD). Where each choice
 Notation: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
 width of the projections, T the temperature. Sections 1 to 3 (draw, losses, loop) are the method,
-and you can stop reading there. The rest supports it: 4 the teacher's outputs, 5 models, 6 data,
+and you can stop reading there. The rest supports them: 4 the teacher's outputs, 5 models, 6 data,
 7 scores, 8 settings, 9 the whole job, 10 files and command line. For a course, the code between the
 SOLUTION markers can be removed; see the README.
 """
@@ -101,12 +101,12 @@ def sample_layer_map(num_teacher_layers, num_student_layers, rng):
 
 
 def choose_layers(settings, n, m, epoch, step=0):
-    """The teacher layers of an epoch, according to `settings.mapping`: int array (k,), or None.
+    """The teacher layers of an epoch for `settings.mapping`: int array (k,) or (n-1,), or None.
     Only the maps are borrowed from other methods: `skip` and `last` from PKD (Sun et al. 2019),
     `attention`, where all n-1 candidates teach each student layer, from ALP-KD (Passban et al.
     2021). Pooling, projections and loss stay the same."""
     if settings.mapping == "random":
-        # Not one generator for the whole run: after a resume it would draw other layers.
+        # A fresh generator: one for the whole run would draw other layers after a resume.
         key = [settings.seed, epoch, step if settings.resample == "step" else 0]
         return sample_layer_map(n, m, np.random.default_rng(key))
     i = np.arange(1, m)
@@ -123,15 +123,16 @@ def choose_layers(settings, n, m, epoch, step=0):
 #
 #   RAIL = mean over the batch and the k pairs of || s_i - t_i ||^2
 #
-# Between unit vectors || s - t ||^2 = 2 - 2 cos(s, t): 0 for equal directions, 4 for opposite ones.
+# For unit vectors, || s - t ||^2 = 2 - 2 cos(s, t): 0 for equal directions, 4 for opposite ones.
 #
-# The trivial solution. Both projections are trained, so the loss can also fall because both send
-# every sentence in the same direction. It is then near 0 and teaches nothing. The loss itself can't
-# show this, but the mean cosine c between *different* sentences after the teacher's projection can:
-# the mean of their unit vectors has length sqrt(c), so a student that always answers with its
-# direction, whatever the input, already reaches a loss of about 2 - 2 sqrt(c). Centring prevents
-# this: the mean over the batch is subtracted from each side before normalisation. It raised the
-# score on the toy but not on real text: see the README's findings.
+# The trivial solution. Both projections are trained, so the loss can also fall because they send
+# every sentence in the same direction. It is then near 0, but the student learns nothing. The loss
+# alone can't tell the two apart, so each epoch also reports `cosine`: the mean cosine c between
+# *different* sentences after the teacher's projection. The mean of these unit vectors has length of
+# about sqrt(c), so a student that always answers with its direction, whatever the input, has a loss
+# of about 2 - 2 sqrt(c): only a lower one shows that it has learned. --centre rules out one shared
+# direction, by subtracting the batch mean from each side before normalisation. It raised the score
+# on the toy, but not on real text: see the README's findings.
 
 
 def mean_pool(hidden_states, attention_mask):
@@ -176,7 +177,7 @@ class RailLoss(nn.Module):
             raise ValueError("widths, number of pairs and projection size must be at least 1")
         self.num_pairs, self.variant, self.centre = num_pairs, variant, centre
         joined = num_pairs if variant == "concat" else 1
-        # Attributes: in a plain list they would not be moved to the GPU, trained or saved.
+        # Each an attribute: in a plain list they would not be moved to the GPU, trained or saved.
         self.teacher_proj = nn.Linear(joined * teacher_dim, projection_size)
         self.student_proj = nn.Linear(joined * student_dim, projection_size)
 
@@ -191,18 +192,18 @@ class RailLoss(nn.Module):
         Both sides go through `self.project`, each with its own projection, and are then divided by
         their L2 norm (zero vectors stay zero). Layer-wise, layer i of one side meets layer i of the
         other. With attention, the teacher's vector of pair i is the sum of all projected
-        candidates, weighted by the softmax of their dot products with the projected student vector
-        i, before normalisation. Returns a scalar; no gradient flows into `teacher_pooled`.
+        candidates t_j, weighted by softmax_j(s_i . t_j), with s and t not yet normalised. Returns a
+        scalar; no gradient flows into `teacher_pooled`.
 
         Args: student_pooled (B, k, d_s); teacher_pooled (B, k, d_t), the mapped layers, or with
             attention (B, n-1, d_t), all.
         Raises: ValueError for a side without exactly k layers (with attention: the student's side),
             or batches of different size."""
         ### BEGIN SOLUTION
-        B, k = len(teacher_pooled), self.num_pairs
-        # Attention pairs no layers: its teacher side may have any number of them.
-        paired = self.variant == "attention" or teacher_pooled.shape[1] == k
-        if not paired or student_pooled.shape[:2] != (B, k):
+        B, k = len(student_pooled), self.num_pairs
+        # With attention there are no pairs: the teacher's side may have any number of layers.
+        teacher_k = teacher_pooled.shape[1] if self.variant == "attention" else k
+        if student_pooled.shape[1] != k or teacher_pooled.shape[:2] != (B, teacher_k):
             raise ValueError(f"student {student_pooled.shape} and teacher {teacher_pooled.shape} "
                              f"do not make {k} pairs of layers for each sentence")
         s = self.project(self.student_proj, student_pooled)            # (B, k, u); concat: (B, u)
@@ -214,11 +215,18 @@ class RailLoss(nn.Module):
         ### END SOLUTION
 
 
+def mean_cosine(vectors):
+    """The mean cosine between different sentences, for unit vectors (B, ..., u): a scalar."""
+    B = len(vectors)
+    # || sum ||^2 adds up all B^2 cosines: B ones, and those of the B (B - 1) other pairs.
+    return ((vectors.sum(dim=0).pow(2).sum(dim=-1) - B) / max(B * (B - 1), 1)).mean()
+
+
 def kd_loss(student_logits, teacher_logits, temperature):
     """T^2 * KL(softmax(z_t / T) || softmax(z_s / T)), batch mean, a scalar (Hinton et al. 2015).
 
     A higher T shows more of what the teacher thinks of the wrong classes. The gradient of the
-    softened KL shrinks as 1/T^2; the factor T^2 makes up for that. For regression, (B, 1): the
+    softened KL shrinks like 1/T^2, which the factor T^2 makes up for. For regression, (B, 1): the
     mean squared error. No gradient flows into `teacher_logits`.
 
     Args: student_logits, teacher_logits (B, C); temperature T > 0, finite (checked, but not used,
@@ -249,19 +257,19 @@ def combined_loss(ce, kd, rail, weights):
     ### BEGIN SOLUTION
     if len(weights) != 3 or not all(w >= 0 for w in weights) or abs(sum(weights) - 1) > 1e-6:
         raise ValueError(f"weights {weights} must be three numbers >= 0 (CE, KD, RAIL) with sum 1")
-    return weights[0] * ce + weights[1] * kd + weights[2] * rail
+    w1, w2, w3 = weights
+    return w1 * ce + w2 * kd + w3 * rail
     ### END SOLUTION
 
 
 # ---- 3. One step, and the loop -----------------------------------------------------------------
-# Helpers from below, so that this section can be read alone. outputs_of: a model's logits and
-# pooled layers; label_loss: CE; make_batch: some examples, padded; length_batches: row numbers in
-# batches of similar length; load_state, save, fingerprint: for resuming; processes, summed: for
-# several GPUs, with rank 0 and world 1 where there is one.
+# Helpers from below. outputs_of: a model's logits and pooled layers; label_loss: CE; make_batch:
+# pads some examples to a batch; length_batches: the data in batches of similar length; load_state,
+# save, fingerprint: for resuming; processes, summed: for several GPUs (one: rank 0, world 1).
 
 
 class Distiller(nn.Module):
-    """What is trained: student and projections. The forward pass gives the losses of one step."""
+    """What is trained: student and projections. The forward pass returns the losses of a step."""
 
     def __init__(self, student, rail, settings):
         super().__init__()
@@ -269,15 +277,15 @@ class Distiller(nn.Module):
 
     def forward(self, batch, teacher_logits=None, teacher_pooled=None):
         """CE, KD, RAIL and their weighted sum, (4,). batch: {input_ids (B, S), ..., labels (B,)};
-        the teacher's outputs for it: logits (B, C), pooled layers (B, k, d_t). KD is 0 without
+        the teacher's outputs for it: logits (B, C), the map's layers (B, k, d_t). KD is 0 without
         teacher logits, and RAIL is 0 without projections."""
         logits, pooled = outputs_of(self.student, batch, self.settings.precision, bool(self.rail))
         ce = label_loss(logits, batch["labels"])
         kd = rail = torch.zeros_like(ce)
         if teacher_logits is not None:
             kd = kd_loss(logits, teacher_logits, self.settings.temperature)
-        if self.rail:                              # layers 1..m-1; the logits teach layer m
-            rail = self.rail(pooled[:, :-1], teacher_pooled)                    # (B, k, d) each
+        if self.rail:                              # layers 1..m-1; layer m learns from the logits
+            rail = self.rail(pooled[:, :-1], teacher_pooled)
         return torch.stack([ce, kd, rail, combined_loss(ce, kd, rail, self.settings.weights)])
 
 
@@ -302,7 +310,8 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
     # In fp16, small gradients would become 0: the loss is scaled up, the gradients back down.
     scaler = torch.amp.GradScaler(student.device.type, enabled=settings.precision == "fp16")
     parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    history = load_state(state_file, parts, data)
+    data_id = fingerprint(data)
+    history = load_state(state_file, parts, data_id)
     quiet = rank > 0 or None               # None: a progress bar only on a terminal
     model = distiller
     if world > 1:                          # some models, such as XLNet, have unused weights
@@ -318,17 +327,18 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
         for step, rows in enumerate(tqdm(batches, f"epoch {epoch}", leave=False, disable=quiet)):
             if settings.resample == "step":
                 layers = choose_layers(settings, n, m, epoch, step)
-            own = rows[rank::world]                # of this process, perhaps none
-            local, factor = own or rows[:1], len(own) / len(rows)      # none: any row, times 0
+            own = rows[rank::world]                # this process's part of the batch
+            factor = len(own) / len(rows)
+            local = own or rows[:1]                # no row left for it: any row, with factor 0
             targets = () if teacher_outputs is None else teacher_outputs(local, layers)
             losses = model(make_batch(data, tokenizer, local, student.device), *targets)
-            # losses[3] is the total. DDP averages over the processes; `world` makes that a sum.
+            # losses[3] is the total. DDP averages the gradients; times `world`, they are summed.
             scaler.scale(losses[3] * factor * world).backward()
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
             optimizer.zero_grad()
-            sums += losses.detach() * factor * len(rows) / len(data)   # stays on the device
+            sums += losses.detach() * len(own) / len(data)         # stays on the device
         # Summing waits for the device, so the clock is read afterwards.
         sums = summed(sums, f"the loss of epoch {epoch}").tolist()
         seconds = time.perf_counter() - start
@@ -338,22 +348,23 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
                         **dict(zip(("ce", "kd", "rail", "total"), sums))})
         after_epoch(history, layers)
         state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"history": history, "data": fingerprint(data)}
+        state |= {"history": history, "data": data_id}
         save(state_file, lambda file: torch.save(state, file))
     return history
 
 
 def label_loss(logits, labels):
     """CE of logits (B, C) and class numbers (B,); mean squared error for regression, (B, 1)."""
-    loss = F.mse_loss if logits.shape[1] == 1 else F.cross_entropy
-    return loss(logits.squeeze(1), labels)         # (B, 1) becomes (B,), (B, C) stays as it is
+    if logits.shape[1] == 1:
+        return F.mse_loss(logits.squeeze(1), labels)
+    return F.cross_entropy(logits, labels)
 
 
 def outputs_of(model, batch, precision="fp32", pool=False):
     """Logits (B, C), and with `pool` the pooled layers 1..n (B, n, d), else None; in float32."""
     half = torch.float16 if precision == "fp16" else torch.bfloat16
     with torch.autocast(model.device.type, half, enabled=precision != "fp32"):
-        # Without the labels: the losses are computed here.
+        # Without the labels: the losses are computed here, not by the model.
         out = model(**dict(batch, labels=None), output_hidden_states=pool)
     if not pool:
         return out.logits.float(), None
@@ -383,8 +394,8 @@ def predict(model, data, tokenizer, precision="fp32", pooled=None):
     model.eval()                                   # with dropout, targets would be noisy
     rank, world = processes()
     logits = torch.zeros(len(data), model.config.num_labels, device=model.device)
-    # Sorted by length, for little padding.
-    batches = np.split(np.argsort(lengths_of(data)), range(64, len(data), 64))[rank::world]
+    order = np.argsort(lengths_of(data))           # by length, for little padding
+    batches = np.split(order, range(64, len(data), 64))[rank::world]            # of 64 examples
     for rows in tqdm(batches, "forward passes", leave=False, disable=rank > 0 or None):
         batch = make_batch(data, tokenizer, rows, model.device)
         logits[rows], vectors = outputs_of(model, batch, precision, pooled is not None)
@@ -399,13 +410,14 @@ def teacher_table(teacher, data, tokenizer, settings, place):
 
     The layers are kept in a file that is mapped into memory, in half precision: 19 GB for MNLI and
     24 layers of width 1024. A table that an earlier run left in the folder `place` is reused: its
-    name is a hash of tokens, weights, configuration and pooling. Raises ValueError if the disk has
-    too little space."""
+    name is a hash of all that it is made from. Raises ValueError if the disk has too little
+    space."""
+    # Not of the labels: the same sentences with other labels can use the same table.
     name = fingerprint(data.remove_columns("label"), str(teacher.config), tokenizer.padding_side,
                        settings.precision, mean_pool.__code__, outputs_of.__code__,
                        *teacher.state_dict().values())
-    shape = len(data), teacher.config.num_hidden_layers, teacher.config.hidden_size
-    folder, size = place / f"table-{name}", int(np.prod(shape))
+    shape = len(data), teacher.config.num_hidden_layers, teacher.config.hidden_size    # (N, n, d_t)
+    size, folder = math.prod(shape), place / f"table-{name}"
     done = from_rank_0((folder / "logits.pt").exists())        # it is written last
     if not done and 2 * size > shutil.disk_usage(place).free:
         raise ValueError(f"{place} has no space for the teacher's outputs, {2e-9 * size:.1f} GB")
@@ -418,8 +430,9 @@ def teacher_table(teacher, data, tokenizer, settings, place):
     logits = torch.load(folder / "logits.pt", weights_only=True)
 
     def teacher_outputs(rows, layers):             # layers is None for a mapping without RAIL
-        # One joint index: pooled[rows][:, layers - 1] would first read all layers of a row.
-        vectors = pooled[np.ix_(rows, [] if layers is None else np.subtract(layers, 1))]
+        columns = [] if layers is None else np.subtract(layers, 1)
+        # One joint index: pooled[rows][:, columns] would first read all layers of a row.
+        vectors = pooled[np.ix_(rows, columns)]                                 # (B, k, d_t)
         return logits[rows].to(teacher.device), vectors.to(teacher.device).float()
     return teacher_outputs
 
@@ -446,16 +459,17 @@ def toy_teacher(seed, num_layers=12):
 
 def load_classifier(name, feature, seed, role):
     """(model, tokenizer, trained) from a hub name or a folder, with one output for each class of
-    the data (one for regression). An encoder that was only pretrained gets a new classifier, drawn
-    from the seed, and `trained` is False; so does a student (`role`) whose classes differ. Without
-    a name: the toy's teacher. `feature` is the type of the label column. Raises ValueError if no
+    the data (one for regression). A checkpoint without a classifier gets a random one, drawn from
+    the seed, and `trained` is False. The same goes for a student with another number of classes;
+    for a teacher, that is an error. `role` is "teacher" or "student", `feature` the type of the
+    label column; if `name` is None, the model is the toy's teacher. Raises ValueError if no
     suitable model can be loaded.
     """
     if name is None:
         return *toy_teacher(seed), False
     torch.manual_seed(seed)
     with refuse(f"no {role} that fits the data can be loaded from {name!r}"):
-        # No code from the hub runs, and weights contain none: safetensors, or weights_only.
+        # No code from the hub runs, and weight files contain none: safetensors, or weights_only.
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=getattr(feature, "num_classes", 1), ignore_mismatched_sizes=True,
@@ -477,12 +491,11 @@ def use_labels(model, feature):
     order, perhaps in another case, the rows of its last linear layer are reordered. Names like
     LABEL_0 say nothing and are replaced. For regression, the name is kept."""
     config, names = model.config, getattr(feature, "names", list(model.config.id2label.values()))
-    # Letter case is ignored, unless classes differ by nothing else.
+    # Letter case is ignored, unless two classes differ in nothing else.
     fold = str.lower if len(set(map(str.lower, names))) == len(names) else str
-    own = [fold(config.id2label[i]) for i in range(len(names))]
-    # order[i] is the model's output for class i of the data.
-    order = [own.index(name) for name in map(fold, names) if name in own]
-    if order != sorted(order) and len(order) == len(names):    # the same names, in another order
+    wanted, own = list(map(fold, names)), [fold(config.id2label[i]) for i in range(len(names))]
+    if own != wanted and sorted(own) == sorted(wanted):        # the same names, in another order
+        order = [own.index(name) for name in wanted]
         head = [x for x in model.modules() if getattr(x, "out_features", 0) == len(names)][-1]
         head.load_state_dict({key: x[order] for key, x in head.state_dict().items()})
     config.problem_type = "single_label_classification" if len(names) > 1 else "regression"
@@ -503,8 +516,8 @@ def build_student(teacher, num_layers):
         cut.config.num_hidden_layers = num_layers
         if getattr(cut.config, "layer_types", None):           # each layer keeps its type
             cut.config.layer_types = [cut.config.layer_types[i] for i in kept]
-        # ALBERT has no such list: its layers share their weights.
-        path = next(k for k, x in cut.named_modules() if type(x) is nn.ModuleList and len(x) == n)
+        # ALBERT has no such list, since its layers share their weights.
+        path = next(p for p, x in cut.named_modules() if type(x) is nn.ModuleList and len(x) == n)
         cut.set_submodule(path, nn.ModuleList(cut.get_submodule(path)[i] for i in kept))
         # Not `cut` itself but a new model of its config, since that is what the saved student will
         # be loaded into: every weight must have its place there.
@@ -599,11 +612,12 @@ def read_file(path, train=None):
         labels = set(data["label"])
         numbers = set(filter(NUMBER.fullmatch, labels))
         if train is not None:
-            known = set(getattr(train.features["label"], "names", numbers))
-            # As a class number, -1 would mean "no label" to datasets.
-            if labels - known and ("-1" in labels or all(map(NUMBER.fullmatch, known))):
+            known = set(getattr(train.features["label"], "names", numbers))     # regression: all
+            numeric = all(map(NUMBER.fullmatch, known))
+            # Classes with names may be given by number too, but -1 means "no label" to datasets.
+            if labels - known and (numeric or "-1" in labels):
                 raise ValueError(f"the training data have no label {min(labels - known)!r}")
-            return data.cast(train.features)       # a name, or else a number, becomes a class
+            return data.cast(train.features)
         if len(labels) == 1 or 0 < len(numbers) < len(labels):
             raise ValueError("labels must differ, and be all names or all numbers")
         if numbers and not all(x.lstrip("+-").isdigit() for x in labels):
@@ -631,8 +645,8 @@ def load_task(settings):
         with refuse(f"{settings.task} can't be loaded from the hub (--task toy needs none)"):
             splits = datasets.load_dataset("nyu-mll/glue", settings.task)
         texts = [x for x in splits["train"].column_names if x not in ("label", "idx")]
-        texts = dict(zip(texts, ("sentence1", "sentence2")))
-        sets = {name.replace("_matched", ""): data.rename_columns(texts).remove_columns("idx")
+        names = dict(zip(texts, ("sentence1", "sentence2")))
+        sets = {name.replace("_matched", ""): data.rename_columns(names).remove_columns("idx")
                 for name, data in splits.items() if not name.startswith("test")}
     else:
         sets = {"train": read_file(settings.train_file)}
@@ -682,7 +696,7 @@ def fingerprint(data, *more):
 
 # ---- 7. Scores ---------------------------------------------------------------------------------
 # A metric is computed once over a whole set, never as a mean over batches: the last batch is
-# smaller, and F1 or a correlation of the whole is not the mean of those of its parts.
+# smaller, and F1 or a correlation is not the mean of its values on the parts.
 
 
 def correlation(a, b, method="pearson"):
@@ -703,7 +717,7 @@ def compute_metrics(logits, labels, task=None, teacher_logits=None):
     if logits.shape[1] == 1:
         return {"pearson": correlation(logits[:, 0], labels),
                 "spearmanr": correlation(logits[:, 0], labels, "spearman")} | loss
-    # (N,). F1 and Matthews are for classes 0 and 1; Matthews is Pearson's correlation for these.
+    # (N,). F1 and Matthews are for classes 0 and 1, where Matthews equals Pearson's correlation.
     predicted = logits.argmax(axis=1)
     values = {"accuracy": np.mean(predicted == labels),
               "f1": 2 * np.sum(predicted * labels) / max(np.sum(predicted + labels), 1),
@@ -799,7 +813,7 @@ class Settings:
             low, flag = {"seed": -1, "max_length": 3}.get(name, 0), name.replace("_", "-")
             if value in ("", [""]):
                 raise ValueError(f"--{flag} is empty: give a value, or leave it out")
-            # NaN is refused too: it is neither above nor below anything.
+            # NaN is refused too, since every comparison with it is false.
             if type(value) in (int, float) and not low < value < 2 ** 63:
                 raise ValueError(f"--{flag} {value!r} must be above {low} and below 2^63")
         own_files = [self.train_file, self.validation_file]
@@ -809,7 +823,6 @@ class Settings:
         # A T4 only emulates bf16, slowly.
         half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         modes = {"cuda": [half, "fp16", "bf16"], "cpu": ["fp32", "bf16"]}.get(device, []) + ["fp32"]
-        # With one draw per epoch and 12 -> 4 layers, 10 epochs let 96 % of the layers teach.
         defaults = {"task": "toy" if toy else None, "teacher": None if toy else "bert-base-uncased",
                     "epochs": 8 if toy else 10, "teacher_epochs": 5 if toy else 3,
                     "learning_rate": 5e-4 if toy else 5e-5, "device": device, "precision": modes[0]}
@@ -817,10 +830,10 @@ class Settings:
                                            if getattr(self, name) in (None, "auto")})
         name = f"{new.task or Path(new.train_file or '').stem}-{new.mapping}-seed{new.seed}"
         out = new.output_dir or f"runs/{name}-{time.time():.0f}-{os.getpid()}"
-        # The weights of unused losses are dropped; the others are rescaled to sum to 1.
-        used = {"none": [1.0, 1.0, 0.0], "finetune": [1.0, 0.0, 0.0]}.get(new.mapping, [1.0] * 3)
-        used_weight = combined_loss(*used, new.weights)            # their sum; checks all three
-        conflicts = {                              # each message, and when it applies
+        combined_loss(0, 0, 0, new.weights)        # checks the weights; those of unused losses are
+        used = {"none": [1, 1, 0], "finetune": [1, 0, 0]}.get(new.mapping, [1, 1, 1])    # dropped
+        weights = [weight * use for weight, use in zip(new.weights, used)]
+        conflicts = {                              # each message, and whether it applies
             f"--device {device} --precision {self.precision} is not available here":
                 device not in (best.type, "cpu") or new.precision not in modes,
             "--task and own files exclude each other": new.task and own_files != [None, None],
@@ -828,7 +841,7 @@ class Settings:
             "--student and --student-layers exclude each other": new.student and new.student_layers,
             "--mapping attention needs --variant layerwise":
                 new.mapping == "attention" and new.variant == "concat",
-            f"--mapping {new.mapping} leaves nothing to learn from": used_weight == 0,
+            f"--mapping {new.mapping} leaves nothing to learn from": sum(weights) == 0,
             "--max-train-examples: the toy makes at most 100000":
                 toy and (new.max_train_examples or 0) > 100_000,
             f"--output-dir {out} is in use: name a new folder":
@@ -836,8 +849,8 @@ class Settings:
         found = [text for text, applies in conflicts.items() if applies]
         if found:
             raise ValueError("; ".join(found))
-        if used_weight < 1 - 1e-6:                 # a second time could change last digits
-            new.weights = [weight * use / used_weight for weight, use in zip(new.weights, used)]
+        if sum(weights) < 1 - 1e-6:                # not on a resume: last digits could change
+            new.weights = [weight / sum(weights) for weight in weights]
         return dataclasses.replace(new, output_dir=out)
 
 
@@ -913,10 +926,8 @@ def run(settings):
         record["epochs"] = history
         if layers is not None:
             _, pooled = table(range(min(256, len(sets["train"]))), layers)
-            t = F.normalize(rail.project(rail.teacher_proj, pooled), dim=-1).detach()
-            # || sum of t ||^2 = B, each with itself, + the cosines of the B (B - 1) other pairs.
-            cosine = (t.sum(dim=0).pow(2).sum(dim=-1) - len(t)) / max(len(t) * (len(t) - 1), 1)
-            last["cosine"] = cosine.mean().item()  # of different sentences; see section 2
+            t = F.normalize(rail.project(rail.teacher_proj, pooled), dim=-1)    # (B, k, u)
+            last["cosine"] = mean_cosine(t).item()
         pairs = " ".join(f"{i}←{j}" for i, j in enumerate(last["layers"] or [], 1))
         names = [name for name in ("ce", "kd", "rail", "cosine") if last.get(name)]  # 0: not in use
         numbers = "  ".join(f"{name} {last[name]:.3f}" for name in [*names, next(iter(scores))])
@@ -934,8 +945,8 @@ def run(settings):
               lambda *more: after_epoch(results["teacher"], teacher_args, *more))
         save(out / "teacher", lambda to: [x.save_pretrained(to) for x in (teacher, tokenizer)])
         print(f"It can be used again with --teacher {shlex.quote(str(out / 'teacher'))}")
-        del teacher, student, teacher_args, student_args       # frees their memory
-        # Starts over as a resumed run, which finds out/teacher and uses it like any other.
+        del teacher, student, teacher_args, student_args       # first free their memory
+        # What remains is what a resumed run does: it finds out/teacher and uses it like any other.
         return run(Settings(resume=str(out), device=settings.device, precision=settings.precision))
     teacher.requires_grad_(False)                  # from here on it is frozen
     teacher_logits = {name: predict(teacher, data, tokenizer, settings.precision)
@@ -956,7 +967,7 @@ def run(settings):
         path: {role: results[role]["evaluation"][path] for role in ("teacher", "student")}
         for path in settings.eval_file}
     save_json(out / "metrics.json", results)
-    # Saved last, since it marks a finished run. A pipeline needs weights and tokenizer.
+    # Saved last, since it marks a finished run. A pipeline needs both.
     save(out / "student", lambda to: [x.save_pretrained(to) for x in (student, student_tokenizer)])
     metric = next(iter(results["student"]))
     print(f"\n         layers  parameters  megabytes  ms per sentence  {metric}")
@@ -975,7 +986,7 @@ def run(settings):
 
 @contextlib.contextmanager
 def refuse(what, kind=ValueError):
-    """Turns whatever goes wrong inside into one line: what can't be done, and why."""
+    """Turns any error inside into one line: what can't be done, and why."""
     try:
         yield
     except Exception as error:
@@ -990,7 +1001,7 @@ def processes():
 
 
 def from_rank_0(value=None):
-    """The first process's value, in all of them. Each waits here for the others."""
+    """The first process's value, in all processes, which wait here for each other."""
     values = [value]
     if processes()[1] > 1:
         torch.distributed.broadcast_object_list(values)
@@ -1023,13 +1034,13 @@ def save_json(path, content):
     save(path, lambda part: part.write_text(json.dumps(content, indent=2, allow_nan=False)))
 
 
-def load_state(file, parts, data):
+def load_state(file, parts, data_id):
     """Restores `parts` from the state that `train` saved in `file`, if any; returns the history."""
     if not file.exists():
         return []
     with refuse(f"{file} does not belong to this run: delete it to train from scratch"):
         state = torch.load(file, map_location="cpu", weights_only=True)       # never runs code
-        if state["data"] != fingerprint(data):
+        if state["data"] != data_id:
             raise ValueError("the training data have changed since the run began")
         for name, part in parts.items():
             if state[name]:                        # the scaler's is empty, except in fp16
@@ -1061,7 +1072,8 @@ def main(argv=None):
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             torch.distributed.init_process_group()
-            sys.stdout = open(os.devnull, "w") if processes()[0] > 0 else sys.stdout
+            if processes()[0] > 0:                             # only the first one prints
+                sys.stdout = open(os.devnull, "w")
         settings = settings if settings.resume else settings.resolve()
         run(settings)
         return 0

@@ -340,8 +340,7 @@ def start(way):
 
 
 def loop(folder, way):
-    """The adapter: all that these tests know of how the loop is called. Returns the student, the
-    RailLoss, the history, and the rows that each step asked the teacher for."""
+    """How the loop is called. Returns student, RailLoss, history, and the rows of each step."""
     settings, teacher, student, rail = start(way)
     look_up, batches = rail_kd.teacher_table(teacher, DATA, TOKENIZER, settings, folder), []
     sizes = []
@@ -581,6 +580,8 @@ def test_toy_is_balanced_without_repeats_and_the_main_clause_decides():
 def test_metrics_agree_with_their_definitions():
     labels = np.array([1] * 6 + [0] * 14)
     logits = np.eye(2)[[1, 1, 1, 1, 0, 0] + [1] * 3 + [0] * 11]     # TP 4, FN 2, FP 3, TN 11
+    vectors = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[0.6, 0.8]]])        # cosines 0, 0.6, 0.8
+    assert rail_kd.mean_cosine(vectors).item() == pytest.approx(1.4 / 3)
     output, ratings = np.array([[1.0], [2], [2], [4], [9]]), np.array([0.0, 1, 3, 3, 3])
     for found, expected in (
             (rail_kd.compute_metrics(logits, labels, "mrpc"), {
@@ -773,8 +774,7 @@ def test_help_can_be_shown():
 
 @needs_all
 def test_folder_of_another_run_is_refused_and_left_alone(world, tmp_path, monkeypatch):
-    settings, file = job(world, tmp_path), tmp_path / "metrics.json"
-    real = rail_kd.prepare
+    settings, file, real = job(world, tmp_path), tmp_path / "metrics.json", rail_kd.prepare
     def meanwhile(*args):                          # the other run is a little faster
         file.write_text("precious")
         return real(*args)
