@@ -398,7 +398,7 @@ def test_loop_does_what_the_definitions_say_sentence_by_sentence(way, tmp_path):
     worst = max(((p - q).abs().max().item(), name) for model, other in zip(models, exact)
                 for (name, p), q in zip(model.named_parameters(), other.parameters())
                 if not name.endswith(zero))
-    half = "precision" in way                      # a T4's path, on the CPU: gradients are scaled up
+    half = "precision" in way                      # a T4, on the CPU: scaled gradients
     assert (worst[0] > 2e-4) == half == (history[-1]["gradient"] > 100), worst
     one_map = way.get("mapping") in (None, "skip") and "resample" not in way
     for epoch, (record, mean) in enumerate(zip(history, means), 1):
