@@ -30,9 +30,10 @@ The toy run ends with:
     student       4     145,346        0.6             1.37  0.9930
 
 Source: Haidar, Anchuri, Rezagholizadeh, Ghaddar, Langlais, Poupart, "RAIL-KD: RAndom Intermediate
-Layer Mapping for Knowledge Distillation", Findings of NAACL 2022, arXiv 2109.10164. Unofficial, and
-written without the paper's full text: from its abstract, its first table and two public
-re-implementations (aitsc/GLMKD and TKC002/CILDA-plus-minILD). Where each choice comes from:
+Layer Mapping for Knowledge Distillation", Findings of NAACL 2022, arXiv 2109.10164. This is an
+unofficial implementation. It was written without the paper's full text, from its abstract, its
+first table and two public re-implementations (aitsc/GLMKD and TKC002/CILDA-plus-minILD). Where each
+choice comes from:
 
     draw once per epoch, sorted; weighted sum of the losses                   the paper
     weights 1/3 each; u = 128; mean over tokens, projection, unit length      both implementations
@@ -76,8 +77,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 #   the means agree: student layer 1's most likely partner is teacher layer 1, and 3, 6, 9 is just
 #   one of 165 equally likely maps.
 #
-#   Nearly every layer teaches, though each step pays for only k pairs. For 12 -> 4, a layer sits
-#   out one epoch with probability 1 - k/(n-1) = 72.7 %, all of 5 with 20.3 %, all of 10 with 4.1 %.
+#   Nearly every layer gets to teach, although each step pays for only k pairs. For 12 -> 4, a layer
+#   sits out one epoch with probability 1 - k/(n-1) = 72.7 %, five in a row with 20.3 %, and ten in
+#   a row with 4.1 %.
 
 
 def sample_layer_map(num_teacher_layers, num_student_layers, rng):
@@ -111,7 +113,7 @@ def choose_layers(settings, n, m, epoch, step=0):
         return sample_layer_map(n, m, np.random.default_rng(key))
     i = np.arange(1, m)
     if settings.mapping == "skip":
-        return np.rint(i * n / m).astype(int)                  # rounds halves to even
+        return np.rint(i * n / m).astype(int)                  # halves: to even
     if settings.mapping == "last":
         return n - m + i
     return np.arange(1, n) if settings.mapping == "attention" else None
@@ -138,12 +140,12 @@ def choose_layers(settings, n, m, epoch, step=0):
 def mean_pool(hidden_states, attention_mask):
     """One vector per sentence: the mean of a layer's output over the real tokens.
 
-    Padding is ignored, whatever it contains, even NaN. Otherwise the loss of a sentence would
-    depend on the length of its neighbours in the batch.
+    Padding is ignored, whatever it contains, even NaN; otherwise the loss of a sentence would
+    depend on how long its neighbours in the batch are.
 
     Args: hidden_states (B, S, d), any float type; attention_mask (B, S), any type: 1 for a real
         token, 0 for padding.
-    Returns: (B, d) in float32, summed in float32 too; zeros for a row without real tokens.
+    Returns: (B, d), summed and returned in float32; zeros for a row without real tokens.
     Raises: ValueError for shapes other than (B, S, d) and (B, S)."""
     ### BEGIN SOLUTION
     if hidden_states.dim() != 3 or hidden_states.shape[:2] != attention_mask.shape:
@@ -163,9 +165,9 @@ class RailLoss(nn.Module):
     vectors of each side first, "attention" is layer-wise with all teacher candidates for each
     student layer. The projections are trained with the student and discarded afterwards.
 
-    Args: teacher_dim, student_dim, num_pairs, projection_size: d_t, d_s, k, u; centre: subtract
-        the mean over the batch from both sides (a batch of one then has loss 0; with several
-        processes, each uses its own part of the batch).
+    Args: teacher_dim, student_dim, num_pairs, projection_size: d_t, d_s, k, u; centre: whether to
+        subtract the batch mean from both sides (the loss of a batch of one is then 0; with several
+        processes, each centres its own part).
     Raises: ValueError for an unknown variant, or a size below 1."""
 
     def __init__(self, teacher_dim, student_dim, num_pairs, variant="layerwise",
@@ -197,8 +199,8 @@ class RailLoss(nn.Module):
 
         Args: student_pooled (B, k, d_s); teacher_pooled (B, k, d_t), the mapped layers, or with
             attention (B, n-1, d_t), all.
-        Raises: ValueError for a side without exactly k layers (with attention: the student's side),
-            or batches of different size."""
+        Raises: ValueError unless each side has exactly k layers (with attention, only the
+            student's), or if the batch sizes differ."""
         ### BEGIN SOLUTION
         B, k = len(student_pooled), self.num_pairs
         # With attention there are no pairs: the teacher's side may have any number of layers.
@@ -229,9 +231,9 @@ def kd_loss(student_logits, teacher_logits, temperature):
     softened KL shrinks like 1/T^2, which the factor T^2 makes up for. For regression, (B, 1): the
     mean squared error. No gradient flows into `teacher_logits`.
 
-    Args: student_logits, teacher_logits (B, C); temperature T > 0, finite (checked, but not used,
-        for regression).
-    Raises: ValueError for shapes that differ or are not (B, C), or an invalid temperature."""
+    Args: student_logits, teacher_logits (B, C); temperature T > 0, finite (checked even for
+        regression, where it is not used).
+    Raises: ValueError if the shapes differ or are not (B, C), or if the temperature is invalid."""
     ### BEGIN SOLUTION
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
         raise ValueError(f"student logits {student_logits.shape} and teacher logits "
@@ -253,7 +255,7 @@ def combined_loss(ce, kd, rail, weights):
 
     Args: ce, kd, rail: scalars, tensors (gradients flow back) or plain numbers; weights
         (w1, w2, w3), each >= 0, with sum 1.
-    Raises: ValueError unless there are three weights, none negative or NaN, of sum 1 (to 1e-6)."""
+    Raises: ValueError unless there are three weights, all >= 0 (not NaN), with sum 1 (to 1e-6)."""
     ### BEGIN SOLUTION
     if len(weights) != 3 or not all(w >= 0 for w in weights) or abs(sum(weights) - 1) > 1e-6:
         raise ValueError(f"weights {weights} must be three numbers >= 0 (CE, KD, RAIL) with sum 1")
@@ -269,7 +271,7 @@ def combined_loss(ce, kd, rail, weights):
 
 
 class Distiller(nn.Module):
-    """What is trained: student and projections. The forward pass returns the losses of a step."""
+    """The trainable parts: student and projections. A forward pass returns the losses of a step."""
 
     def __init__(self, student, rail, settings):
         super().__init__()
@@ -294,25 +296,25 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
     `teacher_outputs(rows, layers)` looks up the logits (B, C) and pooled layers (B, k, d_t) of a
     teacher of n layers, see section 4; without it, the model learns from the labels alone.
     `after_epoch(history, layers)` adds scores. All randomness is seeded from (seed, epoch), and the
-    state is saved after each epoch: a killed run resumes after its last full epoch, on a CPU with
-    bit-identical results. Raises FloatingPointError for a loss that is not finite, ValueError if
-    `state_file` was saved with other data."""
+    state is saved after each epoch: a killed run resumes after its last complete epoch, on a CPU
+    with bit-identical results. Raises FloatingPointError for a loss that is not finite, ValueError
+    if `state_file` was saved with other data."""
     (rank, world), student = processes(), distiller.student
     m, lengths = student.config.num_hidden_layers, lengths_of(data)
     steps = math.ceil(len(data) / settings.batch_size) * settings.epochs
     groups = [{"params": student.parameters(), "lr": settings.learning_rate}]
-    if distiller.rail:             # starts from random weights: it may need a rate of its own
+    if distiller.rail:             # starts from random weights, so it may need a rate of its own
         rate = settings.projection_learning_rate or settings.learning_rate
         groups.append({"params": distiller.rail.parameters(), "lr": rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     # Warm-up for a tenth of the steps, then linearly down to 0.
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    # In fp16, small gradients would become 0: the loss is scaled up, the gradients back down.
+    # In fp16, small gradients would become 0, so the loss is scaled up and they are scaled down.
     scaler = torch.amp.GradScaler(student.device.type, enabled=settings.precision == "fp16")
     parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     data_id = fingerprint(data)
     history = load_state(state_file, parts, data_id)
-    quiet = rank > 0 or None               # None: a progress bar only on a terminal
+    quiet = rank > 0 or None               # None: a progress bar, but only on a terminal
     model = distiller
     if world > 1:                          # some models, such as XLNet, have unused weights
         model = nn.parallel.DistributedDataParallel(distiller, find_unused_parameters=True)
@@ -376,9 +378,9 @@ def outputs_of(model, batch, precision="fp32", pool=False):
 # ---- 4. The teacher's outputs ------------------------------------------------------------------
 # A frozen teacher gives the same outputs in every epoch, and RAIL-KD needs only its logits and one
 # pooled vector per layer. So it runs over the training data once, and the loop looks its outputs
-# up. A step costs about three forward passes of the student (the backward pass counts as two);
-# a live teacher, n/m times as deep, would add n/m more to every step. Since only sentence vectors
-# are compared, student and teacher may differ in width, architecture and even tokenizer.
+# up. A step costs about as much as three forward passes of the student (the backward pass counts as
+# two). A live teacher, n/m times as deep, would add n/m more to every step. Since only sentence
+# vectors are compared, student and teacher may differ in width, architecture and even tokenizer.
 
 
 def make_batch(data, tokenizer, rows, device):
@@ -391,7 +393,7 @@ def predict(model, data, tokenizer, precision="fp32", pooled=None):
     """The logits of a model for encoded data, in their order: float32 array (N, C). If `pooled`
     (N, n, d) is given, it is filled with the pooled outputs of all layers. Several processes share
     the work. Raises FloatingPointError for logits that are NaN or infinite."""
-    model.eval()                                   # with dropout, targets would be noisy
+    model.eval()                                   # dropout would make the targets noisy
     rank, world = processes()
     logits = torch.zeros(len(data), model.config.num_labels, device=model.device)
     order = np.argsort(lengths_of(data))           # by length, for little padding
@@ -408,10 +410,9 @@ def teacher_table(teacher, data, tokenizer, settings, place):
     """Runs the frozen teacher over the training data once, and returns a function that looks up its
     outputs: (rows, layers) -> logits (B, C), pooled layers (B, k, d_t), in float32.
 
-    The layers are kept in a file that is mapped into memory, in half precision: 19 GB for MNLI and
-    24 layers of width 1024. A table that an earlier run left in the folder `place` is reused: its
-    name is a hash of all that it is made from. Raises ValueError if the disk has too little
-    space."""
+    The layers are kept in half precision, in a memory-mapped file: 19 GB for MNLI with 24 layers of
+    width 1024. A table that an earlier run left in the folder `place` is reused: its name is a hash
+    of all that it is made from. Raises ValueError if the disk has too little space."""
     # Not of the labels: the same sentences with other labels can use the same table.
     name = fingerprint(data.remove_columns("label"), str(teacher.config), tokenizer.padding_side,
                        settings.precision, mean_pool.__code__, outputs_of.__code__,
@@ -429,7 +430,7 @@ def teacher_table(teacher, data, tokenizer, settings, place):
         save(folder / "logits.pt", lambda part: torch.save(logits, part))
     logits = torch.load(folder / "logits.pt", weights_only=True)
 
-    def teacher_outputs(rows, layers):             # layers is None for a mapping without RAIL
+    def teacher_outputs(rows, layers):             # layers is None if there is no RAIL
         columns = [] if layers is None else np.subtract(layers, 1)
         # One joint index: pooled[rows][:, columns] would first read all layers of a row.
         vectors = pooled[np.ix_(rows, columns)]                                 # (B, k, d_t)
@@ -438,14 +439,14 @@ def teacher_table(teacher, data, tokenizer, settings, place):
 
 
 # ---- 5. Teacher and student --------------------------------------------------------------------
-# Any encoder for which transformers has a classifier can be the teacher. The student is cut from
-# it, or is another model. Cut from 12 to 4 layers, BERT-base goes from 109 to 53 million
+# Any encoder that transformers offers as a sequence classifier can be the teacher. The student is
+# cut from it, or is another model. Cut from 12 to 4 layers, BERT-base goes from 109 to 53 million
 # parameters, of which 24 million are the embeddings.
 
 
 def toy_teacher(seed, num_layers=12):
-    """(model, tokenizer): an untrained BERT of width 64, with the toy's words as its vocabulary.
-    Deep Transformers that are trained from scratch easily stay at chance. What helps: no dropout,
+    """(model, tokenizer): an untrained BERT of width 64 whose vocabulary is the words of the toy.
+    Deep Transformers trained from scratch often get stuck at chance. What helps: no dropout,
     warm-up, and initial weights larger than BERT's 0.02, which was chosen for a width of 768."""
     words = " ".join(TOPICS + NEGATIVE + POSITIVE + DEGREES + NEGATIONS + LINKS).split()
     ids = {x: i for i, x in enumerate("[PAD] [UNK] [CLS] [SEP] [MASK] , .".split() + sorted(words))}
@@ -476,7 +477,7 @@ def load_classifier(name, feature, seed, role):
             trust_remote_code=False, output_loading_info=True)
         # What a checkpoint lacks, transformers fills with random numbers. That is right for a new
         # classifier and for BERT's pooler, which belongs to it, but not for the encoder.
-        other = {key for key, *_ in info["mismatched_keys"]}                   # of another shape
+        other = {key for key, *_ in info["mismatched_keys"]}       # there, but of another shape
         new, encoder = other | set(info["missing_keys"]), f"{model.base_model_prefix}."
         bad = [key for key in new if key.startswith(encoder) and "pooler" not in key]
         if bad or (other and role == "teacher"):
@@ -504,10 +505,10 @@ def use_labels(model, feature):
 
 def build_student(teacher, num_layers):
     """A student cut from its teacher: `num_layers` of its layers, weights copied, nothing shared.
-    The teacher has n layers in one nn.ModuleList. Student layer i is teacher layer round(i*n/m), so
-    the student's last layer, like the teacher's, feeds the classifier. Returns a model of the same
-    class, in train mode, with gradients, on the CPU. Raises ValueError for more layers than the
-    teacher has, or fewer than 1, and for an architecture that can't be cut."""
+    The teacher must keep its n layers in one nn.ModuleList. Student layer i is teacher layer
+    round(i*n/m), so the student's last layer, like the teacher's, feeds the classifier. Returns a
+    model of the same class, in train mode, with gradients, on the CPU. Raises ValueError for more
+    layers than the teacher has, or fewer than 1, and for an architecture that can't be cut."""
     n, cut = teacher.config.num_hidden_layers, copy.deepcopy(teacher)
     if not 1 <= num_layers <= n:
         raise ValueError(f"{num_layers} layers can't be cut from a teacher of {n}: choose 1 to {n}")
@@ -519,8 +520,8 @@ def build_student(teacher, num_layers):
         # ALBERT has no such list, since its layers share their weights.
         path = next(p for p, x in cut.named_modules() if type(x) is nn.ModuleList and len(x) == n)
         cut.set_submodule(path, nn.ModuleList(cut.get_submodule(path)[i] for i in kept))
-        # Not `cut` itself but a new model of its config, since that is what the saved student will
-        # be loaded into: every weight must have its place there.
+        # The weights go into a new model of this config, as when the saved student is loaded: each
+        # must have its place there.
         student = type(teacher)(cut.config)
         student.load_state_dict(cut.state_dict())
     return student.train()
@@ -530,7 +531,7 @@ def prepare(model, tokenizer, sets, settings, role):
     """Encodes all data for one model, gives the model the data's labels, and tries it on the
     shortest and the longest training example. Raises ValueError, before anything slow begins, if
     the method can't use the model: no attention mask, hidden states that are missing or of another
-    shape, too few positions, a precision that it can't compute in."""
+    shape, too few positions, a precision that it can't run in."""
     model.to(settings.device)
     hint = "" if settings.precision == "fp32" else ", --precision fp32 may help"
     with refuse(f"the {role}, a {type(model).__name__}, can't be used{hint}"):
@@ -566,11 +567,11 @@ MISSING, UNSCORED = ("", "NA", "N/A", "NaN", "nan", "null"), ("train", "teacher_
 def toy_sentences(seed, sizes):
     """Short reviews in which the words alone do not decide the label: a Dataset for each size.
 
-    "Although the plot is very clever, the acting is hardly moving" is negative: the clause without
-    "although" decides, or the one after "but" or "yet". Word order tells which clause that is, and
-    a negation flips it, so counting words says little. Sentences of one clause are a stepping stone
-    for a deep model that starts from random weights. All sentences differ, and they depend on the
-    seed alone.
+    "Although the plot is very clever, the acting is hardly moving" is negative: what counts is the
+    clause without "although", or the one after "but" or "yet". Word order tells which clause that
+    is, and a negation flips it, so word counts say little. Sentences of one clause are a stepping
+    stone for a deep model that starts from random weights. No sentence occurs twice, and all depend
+    on the seed alone.
     """
     rng, found = np.random.default_rng([seed, 0x7071]), {}    # found: sentence -> label, in order
     while len(found) < sum(sizes):
@@ -590,10 +591,11 @@ def toy_sentences(seed, sizes):
 def read_file(path, train=None):
     """A CSV or JSON Lines file -> Dataset with sentence1, perhaps sentence2, and label.
 
-    Names, or whole numbers, become classes in sorted order; a single decimal makes it regression.
-    Later files must have the columns and labels of `train`, or class numbers: 0 for "negative".
-    Raises ValueError. `datasets.load_dataset` would take [ and * in a path for a pattern, turn 007
-    into 7, and return old rows for a new file with the old time stamp.
+    Names or whole numbers become classes, in sorted order; a single decimal makes it regression.
+    Later files must have the columns of `train`, and its labels or class numbers (0 for
+    "negative"). Raises ValueError. Why not `datasets.load_dataset`: it would treat [ and * in a
+    path as a pattern, turn 007 into 7, and return old rows for a changed file with the old time
+    stamp.
     """
     with refuse(f"{path} is not a CSV or JSON Lines file in UTF-8 with sentence and label"):
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -629,10 +631,10 @@ def read_file(path, train=None):
 def load_task(settings):
     """All data of a task, as text: {"train": ..., "validation": ..., file name: ...}.
 
-    All sets are scored but "train", and the toy's "teacher_train": eight times as many other
-    sentences, all labelled correctly. MNLI has "validation_mismatched" too. GLUE's test splits are
-    left out: their labels are all -1. Raises ValueError if the hub can't be reached or a file is
-    bad.
+    All sets are scored except "train" and the toy's "teacher_train", which holds eight times as
+    many other sentences, all labelled correctly. MNLI also has "validation_mismatched". GLUE's test
+    splits are left out: their labels are all -1. Raises ValueError if the hub can't be reached or a
+    file is bad.
     """
     size = settings.max_train_examples
     if settings.task == "toy":
@@ -661,8 +663,8 @@ def load_task(settings):
 def encode(data, tokenizer, model, max_length):
     """Dataset of text -> Dataset of token ids (input_ids, attention_mask, ...) and label.
 
-    Cut to `max_length` tokens, or to what tokenizer and model allow, but not padded yet. Columns
-    that the model's forward pass does not know (DistilBERT: token_type_ids) are left out.
+    Truncated to `max_length` tokens, or to what tokenizer and model allow, but not padded yet.
+    Columns that the model does not accept (DistilBERT: token_type_ids) are dropped.
     """
     limit = min(max_length, tokenizer.model_max_length)
     positions = getattr(model.config, "max_position_embeddings", None) or -1     # XLNet has -1
@@ -681,7 +683,7 @@ def lengths_of(data):
 
 
 def length_batches(lengths, batch_size, seed):
-    """Row numbers in batches of similar length, in random order; each row is in exactly one. Each
+    """Row numbers in batches of similar length, in random order; each row is in exactly one. A
     sentence is padded to the longest of its batch: from 25 to 128 tokens, four fifths are waste."""
     generator = torch.Generator().manual_seed(seed)
     order = get_length_grouped_indices(lengths, batch_size, generator=generator)
@@ -690,18 +692,18 @@ def length_batches(lengths, batch_size, seed):
 
 
 def fingerprint(data, *more):
-    """16 hex digits that change with an encoded Dataset, and with whatever else is given."""
+    """16 hex digits that change whenever an encoded Dataset changes, or anything else given."""
     return datasets.fingerprint.Hasher.hash([*map(json.dumps, data.iter(1000)), *more])
 
 
 # ---- 7. Scores ---------------------------------------------------------------------------------
-# A metric is computed once over a whole set, never as a mean over batches: the last batch is
+# A metric is computed once over a whole set, never averaged over batches: the last batch may be
 # smaller, and F1 or a correlation is not the mean of its values on the parts.
 
 
 def correlation(a, b, method="pearson"):
     """Correlation of two arrays (N,); 0 if one is constant, where it is undefined. Spearman's is
-    Pearson's of the ranks, and equal values share the mean of their ranks."""
+    Pearson's applied to the ranks, and ties share their mean rank."""
     table = datasets.Dataset.from_dict({"a": a, "b": b}).to_pandas()
     return float(table.corr(method).fillna(0).loc["a", "b"])
 
@@ -709,8 +711,8 @@ def correlation(a, b, method="pearson"):
 def compute_metrics(logits, labels, task=None, teacher_logits=None):
     """The metrics of GLUE for arrays (N, C) and (N,): {"accuracy": ..., "eval_loss": ...}.
 
-    Your own data get accuracy, or two correlations for regression. `eval_loss` is CE in nats or
-    the mean squared error; `agreement` is how often the teacher chooses the same class.
+    Your own data are scored by accuracy, or by two correlations for regression. `eval_loss` is CE
+    in nats or the mean squared error; `agreement` is how often the teacher chooses the same class.
     """
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
     loss = {"eval_loss": float(label_loss(torch.tensor(logits), torch.tensor(labels)))}
@@ -755,7 +757,7 @@ def costs(model, sets, tokenizer, settings):
 
 
 def warn_of_weak_teacher(logits, labels):
-    """Warns of a teacher no better than always the most frequent class (regression: the mean)."""
+    """Warns if a teacher is no better than guessing the most frequent class, or the mean."""
     if logits.shape[1] == 1:
         error, guessing = np.mean((logits[:, 0] - labels) ** 2), labels.var()
     else:
@@ -770,14 +772,14 @@ def warn_of_weak_teacher(logits, labels):
 
 
 def option(default, text):
-    """A field of Settings: its default, or a function that makes it, and what --help shows."""
+    """A field of Settings: its default (or a function that makes it) and its --help text."""
     kind = "default_factory" if callable(default) else "default"
     return dataclasses.field(**{kind: default}, metadata={"help": text})
 
 
 @dataclasses.dataclass
 class Settings:
-    """Everything a run depends on. HfArgumentParser makes a flag of each field."""
+    """Everything a run depends on. HfArgumentParser turns each field into a flag."""
 
     task: Literal[("toy", *GLUE)] | None = option(None, "The toy (default), or a task of GLUE.")
     train_file: str | None = option(None, "CSV or JSON Lines: sentence, label, perhaps sentence2.")
@@ -860,10 +862,10 @@ class Settings:
 def run(settings):
     """From Settings to a student on disk; returns what metrics.json holds.
 
-    The run's folder also holds student/ and, if it was fine-tuned here, teacher/, ready for
-    transformers' pipeline; *.pt is the state after the last epoch. A resumed run repeats these
-    steps and reuses what it finds. Raises ValueError, OSError or FloatingPointError, each with a
-    message for the user.
+    The run's folder will also hold student/ and, if it was fine-tuned here, teacher/, ready for
+    transformers' pipeline. Until then, *.pt is the state after the last epoch. A resumed run
+    repeats these steps and reuses what it finds. Raises ValueError, OSError or FloatingPointError,
+    each with a message for the user.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -877,7 +879,7 @@ def run(settings):
         print(f"{out} is finished already.")
         return results
 
-    # Data and models. Most problems show here, before anything slow runs or is written.
+    # Data and models. Most problems show here, before anything slow starts or is written.
     sets = load_task(settings)
     feature = sets["train"].features["label"]
     source = str(out / "teacher") if (out / "teacher").is_dir() else settings.teacher
@@ -929,7 +931,7 @@ def run(settings):
             t = F.normalize(rail.project(rail.teacher_proj, pooled), dim=-1)    # (B, k, u)
             last["cosine"] = mean_cosine(t).item()
         pairs = " ".join(f"{i}←{j}" for i, j in enumerate(last["layers"] or [], 1))
-        names = [name for name in ("ce", "kd", "rail", "cosine") if last.get(name)]  # 0: not in use
+        names = [name for name in ("ce", "kd", "rail", "cosine") if last.get(name)]  # 0: unused
         numbers = "  ".join(f"{name} {last[name]:.3f}" for name in [*names, next(iter(scores))])
         print(f"  epoch {last['epoch']:2}  {pairs}  {numbers}  "
               f"{last['examples_per_second']:,.0f} examples/s")
@@ -1019,8 +1021,8 @@ def summed(tensor, what):
 
 
 def save(path, write):
-    """Calls write(part), in the first process; the file or folder that it makes appears at `path`
-    whole, or not at all. Raises OSError, and then what was at `path` is unchanged."""
+    """Calls write(part) in the first process; the file or folder it makes appears at `path` as a
+    whole or not at all. Raises OSError; whatever was at `path` is then unchanged."""
     part = path.with_name(f"{path.name}.part")
     with refuse(f"{path} could not be written, and is unchanged", OSError):
         if processes()[0] == 0:
