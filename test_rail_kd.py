@@ -712,16 +712,16 @@ def test_interrupted_job_ends_bit_for_bit_the_same(world, tmp_path, capsys, monk
 
 @needs_all
 @pytest.mark.parametrize("words, hint", [
-    ("--task sst3", "sst3"), ("--mapping sideways", "attention"), ("--epoch 3", "--epoch"),
-    ("--epochs 0", "--epochs"), ("--epochs three", "three"), ("--learning-rate nan", "--learning"),
-    ("--max-length 0", "--max"), ("--precision fp16 --device cpu", "fp16"), ("--seed -1", "--seed"),
-    ("--student-layers 13", "13"), ("--student-layers 1", "2 to 12"), ("--weights 1 0", "three"),
-    ("--weights 0 0 1 --mapping none", "nothing"), ("--student x --student-layers 3", "exclude"),
-    ("--variant concat --mapping attention", "layerwise"), ("--temperature inf", "--temp"),
-    ("--task sst2 --train-file a --validation-file b", "exclude"), ("--train-file a", "together"),
-    ("--train-file a.csv --validation-file a.csv", "a.csv"), ("--eval-file x.csv", "x.csv"),
-    ("--teacher no/model", "no/model"), ("--resume nowhere", "nowhere"), ("--task sst2", "sst2"),
-    ("--train-file= --validation-file=", "--train-file"), ("--resume x --seed 3", "--resume")])
+    ("--train-file= --validation-file=", "--train-file"), ("--precision fp16 --device cpu", "fp16"),
+    ("--train-file a.csv --validation-file a.csv", "a.csv"), ("--learning-rate nan", "--learning"),
+    ("--resume x --seed 3", "--resume"), ("--eval-file train", "rename"), ("--epoch 3", "--epoch"),
+    ("--teacher no/model", "no/model"), ("--train-file a", "together"), ("--epochs 0", "--epochs"),
+    ("--task sst3", "sst3"), ("--task sst2", "sst2"), ("--seed -1", "--seed"), ("--epochs x", "x"),
+    ("--temperature inf", "--temp"), ("--resume nowhere", "nowhere"), ("--max-length 0", "--max"),
+    ("--task sst2 --train-file a --validation-file b", "exclude"), ("--student-layers 13", "13"),
+    ("--student x --student-layers 3", "exclude"), ("--weights 0 0 1 --mapping none", "nothing"),
+    ("--mapping any", "attention"), ("--eval-file x.csv", "x.csv"), ("--weights 1 0", "three"),
+    ("--variant concat --mapping attention", "layerwise"), ("--student-layers 1", "2 to 12")])
 def test_bad_settings_end_in_one_line_and_leave_nothing(words, hint, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hint in complaint(words.split(), capsys) and not list(tmp_path.iterdir())
