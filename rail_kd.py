@@ -29,7 +29,7 @@ The toy run ends with:
     teacher      12     413,122        1.7             3.80  1.0000
     student       4     145,346        0.6             1.37  0.9930
 
-Ten students of that teacher score, mean +- standard deviation: with the labels alone (--mapping
+Ten students of such a teacher score, mean +- standard deviation: with the labels alone (--mapping
 finetune) 0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963 +- 0.029, and
 RAIL-KD with --centre 0.987 +- 0.019. The README has results on other data.
 
