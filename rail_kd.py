@@ -13,7 +13,7 @@ them, so that deeper student layers learn from deeper teacher layers:
                           v                        v         v              :
     student layer         1                        2         3              4   <--  labels: CE
 
-    arrows: RAIL. This epoch's draw is 2, 7, 9; the next epoch's will differ.
+    arrows: RAIL. This epoch's draw is 2, 7, 9; the next epoch draws again.
     dots:   KD. The last layers are matched through the logits, so they are left out of the draw.
 
 For each arrow, the outputs of both layers are averaged over the tokens of a sentence, projected to
@@ -29,9 +29,9 @@ The toy run ends with:
     teacher      12     413,122        1.7             3.80  1.0000
     student       4     145,346        0.6             1.37  0.9930
 
-Ten students of such a teacher score, mean +- standard deviation: with the labels alone (--mapping
-finetune) 0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963 +- 0.029, and
-RAIL-KD with --centre 0.987 +- 0.019. The README has results on other data.
+Over ten seeds, with one teacher, mean +- standard deviation: labels alone (--mapping finetune)
+0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963 +- 0.029, with --centre
+0.987 +- 0.019. So the seed above is a lucky one. The README has results on other data.
 
 Source: Haidar, Anchuri, Rezagholizadeh, Ghaddar, Langlais, Poupart, "RAIL-KD: RAndom Intermediate
 Layer Mapping for Knowledge Distillation", Findings of NAACL 2022, arXiv 2109.10164. This is an
@@ -134,7 +134,7 @@ def choose_layers(settings, n, m, epoch, step=0):
 # sentences after the teacher's projection. The mean of these unit vectors has a length of about
 # sqrt(c), so a student that ignores its input, and always answers with the direction of that mean,
 # has a loss of about 2 - 2 sqrt(c): only a lower one shows that the student has learned anything.
-# --centre rules out one shared direction, by subtracting the batch mean from each side before
+# --centre removes the direction that all share, by subtracting the batch mean from each side before
 # normalisation. It raised the score on the toy, but not on real text.
 
 
@@ -383,7 +383,7 @@ def outputs_of(model, batch, precision="fp32", pool=False):
 # A frozen teacher gives the same outputs in every epoch, and RAIL-KD needs only its logits and one
 # pooled vector per layer. So it runs over the training data once, and the loop looks its outputs
 # up. A step costs about as much as three forward passes of the student (the backward pass counts as
-# two). A live teacher, n/m times as deep, would add n/m more to each step. Since only sentence
+# two). A live teacher, n/m times as deep, would add n/m more passes to each. Since only sentence
 # vectors are compared, student and teacher may differ in width, architecture and even tokenizer.
 
 
@@ -751,7 +751,7 @@ def score(model, sets, tokenizer, settings, teacher_logits={}):
 
 @torch.no_grad()
 def costs(model, sets, tokenizer, settings):
-    """What a model costs: layers, parameters, bytes, and the median time of one sentence in ms."""
+    """What a model costs: layers, parameters, bytes, and median milliseconds for one sentence."""
     batch = make_batch(sets["train"], tokenizer, [0], model.device)
     # .cpu() waits for the device.
     timer = timeit.Timer(lambda: outputs_of(model, batch, settings.precision)[0].cpu())
@@ -858,7 +858,7 @@ class Settings:
         found = [text for text, applies in conflicts.items() if applies]
         if found:
             raise ValueError("; ".join(found))
-        if sum(weights) < 1 - 1e-6:                # not twice: last digits would change
+        if sum(weights) < 1 - 1e-6:                # resolve may run twice: keep the digits
             new.weights = [weight / sum(weights) for weight in weights]
         return dataclasses.replace(new, output_dir=out)
 
@@ -925,7 +925,7 @@ def run(settings):
               f"{settings.device}; results go to {out}")
     save_json(out / "metrics.json", results)
 
-    teacher_logits, table = {}, None               # filled below, and read by after_epoch
+    teacher_logits, table = {}, None               # assigned below, before after_epoch reads them
 
     def after_epoch(record, args, history, layers):
         """Adds the scores of an epoch to `record`, prints a line, and updates metrics.json. `args`:
