@@ -337,7 +337,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
             factor = len(own) / len(rows)          # one process: 1
             local = own or rows[:1]                # no row left: any row, but with factor 0
             targets = () if teacher_outputs is None else teacher_outputs(local, layers)
-            losses = model(make_batch(data, tokenizer, local, student.device), *targets)
+            losses = model(make_batch(data, tokenizer, local, student.device), *targets)  # (4,)
             # losses[3] is the total. DDP averages the gradients; times `world`, they are summed.
             scaler.scale(losses[3] * factor * world).backward()
             scaler.step(optimizer)
@@ -789,10 +789,10 @@ class Settings:
     train_file: str | None = option(None, "CSV or JSON Lines: sentence, label, perhaps sentence2.")
     validation_file: str | None = option(None, "Your validation data, same columns.")
     eval_file: list[str] = option(list, "Further files to score, such as text of another domain.")
-    max_train_examples: int | None = option(None, "Use so many, drawn at random (toy: made).")
+    max_train_examples: int | None = option(None, "How many to draw at random (toy: to make).")
     max_length: int = option(128, "Cut longer inputs to this many tokens.")
     teacher: str | None = option(None, "Folder or hub name (default: BERT-base, or the toy's).")
-    teacher_epochs: int | None = option(None, "Of fine-tuning, if needed (default: 3, toy 5).")
+    teacher_epochs: int | None = option(None, "To fine-tune it, if needed (default: 3, toy 5).")
     student_layers: int | None = option(None, "Layers to keep from the teacher (default: a third).")
     student: str | None = option(None, "Folder or hub name of another student, instead.")
     mapping: Literal["random", "skip", "last", "attention", "none", "finetune"] = option(
