@@ -128,14 +128,16 @@ def choose_layers(settings, n, m, epoch, step=0):
 #
 # For unit vectors, || s - t ||^2 = 2 - 2 cos(s, t): 0 for equal directions, 4 for opposite ones.
 #
-# The trivial solution. Both projections are trained, so they can also lower the loss by mapping
-# every sentence to the same direction. The loss is then near 0, but the student learns nothing. The
-# loss alone can't tell, so each epoch also reports `cosine`, c: the mean cosine between *different*
-# sentences after the teacher's projection. The mean of these unit vectors has a length of about
-# sqrt(c), so a student that ignores its input, and always answers with the direction of that mean,
-# has a loss of about 2 - 2 sqrt(c): only a lower one shows that the student has learned anything.
-# --centre removes the direction that all share, by subtracting the batch mean from each side before
-# normalisation. It raised the score on the toy, but not on real text.
+# The trivial solution. Both projections are trained too, and they can lower the loss on their own,
+# by mapping every sentence to the same direction. The student then learns nothing.
+#
+# How to see it. The loss alone does not show this, so each epoch also reports `cosine`, c: the mean
+# cosine between *different* sentences after the teacher's projection. The mean of these unit
+# vectors has a length of about sqrt(c). A student that always answers with its direction, whatever
+# the sentence, has a loss of about 2 - 2 sqrt(c): only a lower one shows that it has learned more.
+#
+# What --centre does. It subtracts the batch mean from each side before normalisation, which removes
+# the direction that all sentences share. It raised the score on the toy, but not on real text.
 
 
 def mean_pool(hidden_states, attention_mask):
@@ -266,11 +268,12 @@ def combined_loss(ce, kd, rail, weights):
 
 
 # ---- 3. One step, and the loop -----------------------------------------------------------------
-# The frozen teacher says the same about a sentence in every epoch, so it has been run before the
-# loop starts (section 4), and `teacher_outputs(rows, layers)` looks up what it said. Other helpers
-# from below. outputs_of: a model's logits and pooled layers; label_loss: CE; make_batch: some rows,
-# padded to a batch; length_batches: all rows, in batches of similar length; load_state, save,
-# fingerprint: to resume a run; processes, summed: for several GPUs (with one: rank 0, world 1).
+# The frozen teacher gives the same outputs for a sentence in every epoch. So it has been run before
+# the loop starts (section 4), and `teacher_outputs(rows, layers)` looks them up. From below:
+#
+#   outputs_of    a model's logits, pooled layers    length_batches   all rows, in batches
+#   label_loss    CE                                 fingerprint, load_state, save     to resume
+#   make_batch    rows, padded to a batch            processes, own_part, summed       more GPUs
 
 
 class Distiller(nn.Module):
@@ -333,18 +336,16 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
         for step, rows in enumerate(tqdm(batches, f"epoch {epoch}", leave=False, disable=quiet)):
             if settings.resample == "step":
                 layers = choose_layers(settings, n, m, epoch, step)
-            own = rows[rank::world]                # this process's part of the batch
-            factor = len(own) / len(rows)          # one process: 1
-            local = own or rows[:1]                # no row left: any row, but with factor 0
-            targets = () if teacher_outputs is None else teacher_outputs(local, layers)
-            losses = model(make_batch(data, tokenizer, local, student.device), *targets)  # (4,)
+            own, share = own_part(rows)            # one process: all rows, and 1
+            targets = () if teacher_outputs is None else teacher_outputs(own, layers)
+            losses = model(make_batch(data, tokenizer, own, student.device), *targets)    # (4,)
             # losses[3] is the total. DDP averages the gradients; times `world`, they are summed.
-            scaler.scale(losses[3] * factor * world).backward()
+            scaler.scale(losses[3] * share * world).backward()
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
             optimizer.zero_grad()
-            sums += losses.detach() * len(own) / len(data)         # stays on the device
+            sums += losses.detach() * share * len(rows) / len(data)    # stays on the device
         # Summing waits for the device, so the clock is read afterwards.
         ce, kd, rail, total = summed(sums, f"the loss of epoch {epoch}").tolist()
         seconds = time.perf_counter() - start
@@ -473,7 +474,7 @@ def load_classifier(name, feature, seed, role):
     if name is None:
         return *toy_teacher(seed), False
     torch.manual_seed(seed)
-    with refuse(f"no {role} that fits the data can be loaded from {name!r}"):
+    with explain(f"no {role} that fits the data can be loaded from {name!r}"):
         # No code from the hub runs, and weight files contain none: safetensors, or weights_only.
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -517,7 +518,7 @@ def build_student(teacher, num_layers):
     if not 1 <= num_layers <= n:
         raise ValueError(f"{num_layers} layers can't be cut from a teacher of {n}: choose 1 to {n}")
     kept = [round(i * n / num_layers) - 1 for i in range(1, num_layers + 1)]   # counted from 0
-    with refuse(f"a {type(teacher).__name__} can't be cut: name another model as the student"):
+    with explain(f"a {type(teacher).__name__} can't be cut: name another model as the student"):
         cut.config.num_hidden_layers = num_layers
         if getattr(cut.config, "layer_types", None):           # each layer keeps its type
             cut.config.layer_types = [cut.config.layer_types[i] for i in kept]
@@ -538,7 +539,7 @@ def prepare(model, tokenizer, sets, settings, role):
     shape, too few positions, a precision that it can't run in."""
     model.to(settings.device)
     hint = "" if settings.precision == "fp32" else ", --precision fp32 may help"
-    with refuse(f"the {role}, a {type(model).__name__}, can't be used{hint}"):
+    with explain(f"the {role}, a {type(model).__name__}, can't be used{hint}"):
         sets = {name: encode(x, tokenizer, model, settings.max_length) for name, x in sets.items()}
         if "attention_mask" not in sets["train"].column_names:
             raise ValueError("it has no attention mask, so padding would count as text")
@@ -601,7 +602,7 @@ def read_file(path, train=None):
     path as a pattern, turn 007 into 7, and return old rows for a changed file with the old time
     stamp.
     """
-    with refuse(f"{path} is not a CSV or JSON Lines file in UTF-8 with sentence and label"):
+    with explain(f"{path} is not a CSV or JSON Lines file in UTF-8 with sentence and label"):
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = (list(csv.DictReader(file, strict=True)) if path.lower().endswith(".csv")
                     else [json.loads(line) for line in file if line.strip()])
@@ -648,7 +649,7 @@ def load_task(settings):
         noisy = train.map(lambda row, i: {"label": row["label"] ^ int(wrong[i])}, with_indices=True)
         sets = {"train": noisy, "teacher_train": teacher_train, "validation": validation}
     elif settings.task:
-        with refuse(f"{settings.task} can't be loaded from the hub (--task toy needs none)"):
+        with explain(f"{settings.task} can't be loaded from the hub (--task toy needs none)"):
             splits = datasets.load_dataset("nyu-mll/glue", settings.task)
         texts = [x for x in splits["train"].column_names if x not in ("label", "idx")]
         names = dict(zip(texts, ("sentence1", "sentence2")))
@@ -881,15 +882,15 @@ def run(settings):
     if settings.resume:
         settings, results = resumed(settings)
     settings = settings.resolve()
-    out = Path(from_rank_0(settings.output_dir))
-    if (out / "student").is_dir():
-        print(f"{out} is finished already.")
+    folder = Path(from_rank_0(settings.output_dir))
+    if (folder / "student").is_dir():
+        print(f"{folder} is finished already.")
         return results
 
     # Data and models. Most problems show here, before anything slow starts or is written.
     sets = load_task(settings)
     feature = sets["train"].features["label"]
-    source = str(out / "teacher") if (out / "teacher").is_dir() else settings.teacher
+    source = str(folder / "teacher") if (folder / "teacher").is_dir() else settings.teacher
     teacher, tokenizer, trained = load_classifier(source, feature, settings.seed, "teacher")
     n = teacher.config.num_hidden_layers
     if settings.student:
@@ -916,14 +917,14 @@ def run(settings):
     results["versions"] = {x.__name__: x.__version__ for x in (torch, transformers, datasets, np)}
     results["device"] = f"{settings.device}, {torch.get_num_threads()} threads x {processes()[1]}"
     if not settings.resume and processes()[0] == 0:
-        with refuse(f"--output-dir {out} is in use, or can't be written to"):
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "metrics.json").touch(exist_ok=False)
+        with explain(f"--output-dir {folder} is in use, or can't be written to"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "metrics.json").touch(exist_ok=False)
         kind = f"classes {', '.join(feature.names)}" if hasattr(feature, "names") else "regression"
         print(f"{len(sets['train']):,} training examples, {kind}\nteacher {n} layers, student {m}; "
               f"mapping {settings.mapping}, {settings.epochs} epochs in {settings.precision} on "
-              f"{settings.device}; results go to {out}")
-    save_json(out / "metrics.json", results)
+              f"{settings.device}; results go to {folder}")
+    save_json(folder / "metrics.json", results)
 
     teacher_logits, table = {}, None               # assigned below, before after_epoch reads them
 
@@ -942,7 +943,7 @@ def run(settings):
         numbers = "  ".join(f"{name} {last[name]:.3f}" for name in [*names, next(iter(scores))])
         print(f"  epoch {last['epoch']:2}  {pairs}  {numbers}  "
               f"{last['examples_per_second']:,.0f} examples/s")
-        save_json(out / "metrics.json", results)
+        save_json(folder / "metrics.json", results)
 
     # The teacher. One without a trained classifier is fine-tuned first, by the same loop.
     if not trained:
@@ -950,13 +951,14 @@ def run(settings):
         plan = dataclasses.replace(settings, mapping="finetune", weights=[1.0, 0.0, 0.0],
                                    epochs=settings.teacher_epochs)
         data = teacher_sets.get("teacher_train", teacher_sets["train"])
-        train(Distiller(teacher, None, plan), data, tokenizer, plan, out / "teacher.pt",
+        train(Distiller(teacher, None, plan), data, tokenizer, plan, folder / "teacher.pt",
               functools.partial(after_epoch, results["teacher"], teacher_args))
-        save(out / "teacher", lambda to: [x.save_pretrained(to) for x in (teacher, tokenizer)])
-        print(f"It can be used again with --teacher {shlex.quote(str(out / 'teacher'))}")
+        save(folder / "teacher", lambda to: [x.save_pretrained(to) for x in (teacher, tokenizer)])
+        print(f"It can be used again with --teacher {shlex.quote(str(folder / 'teacher'))}")
         del teacher, student, teacher_args, student_args       # first free their memory
-        # The rest is what a resumed run does: it finds out/teacher and uses it like any other.
-        return run(Settings(resume=str(out), device=settings.device, precision=settings.precision))
+        # The rest is what a resumed run does: it finds folder/teacher and uses it like any other.
+        return run(Settings(resume=str(folder), device=settings.device,
+                            precision=settings.precision))
     teacher.requires_grad_(False)                  # from here on it is frozen
     teacher_logits = {name: predict(teacher, data, tokenizer, settings.precision)
                       for name, data in teacher_sets.items() if name not in UNSCORED}
@@ -965,27 +967,28 @@ def run(settings):
 
     # The student: first the table of the teacher's outputs, then the same loop.
     if settings.mapping != "finetune":
-        place = Path(source) if os.access(source, os.W_OK) else out
+        place = Path(source) if os.access(source, os.W_OK) else folder
         table = teacher_table(teacher, teacher_sets["train"], tokenizer, settings, place)
     print("The student learns:")
     train(Distiller(student, rail, settings), student_sets["train"], student_tokenizer, settings,
-          out / "student.pt", functools.partial(after_epoch, results, student_args), table, n)
+          folder / "student.pt", functools.partial(after_epoch, results, student_args), table, n)
     results["student"] |= score(*student_args, settings, teacher_logits)
     results["student"] |= costs(*student_args, settings)
     results["evaluation"] = {
         path: {role: results[role]["evaluation"][path] for role in ("teacher", "student")}
         for path in settings.eval_file}
-    save_json(out / "metrics.json", results)
+    save_json(folder / "metrics.json", results)
     # Saved last, because it marks the run as finished. A pipeline needs model and tokenizer.
-    save(out / "student", lambda to: [x.save_pretrained(to) for x in (student, student_tokenizer)])
+    parts = student, student_tokenizer
+    save(folder / "student", lambda to: [x.save_pretrained(to) for x in parts])
     metric = next(iter(results["student"]))
     print(f"\n         layers  parameters  megabytes  ms per sentence  {metric}")
     for role in ("teacher", "student"):
         row = results[role]
         print(f"{role}  {row['layers']:6}  {row['parameters']:10,}  {row['bytes'] / 1e6:9.1f}  "
               f"{row['milliseconds_per_sentence']:15.2f}  {row[metric]:.4f}")
-    print(f"\nThe student is saved in {out / 'student'}, all numbers in {out / 'metrics.json'}.")
-    for state in out.glob("*.pt"):
+    print(f"\nThe student is saved in {folder / 'student'}, all numbers in metrics.json beside it.")
+    for state in folder.glob("*.pt"):
         state.unlink(missing_ok=True)
     return results
 
@@ -994,7 +997,7 @@ def run(settings):
 
 
 @contextlib.contextmanager
-def refuse(what, kind=ValueError):
+def explain(what, kind=ValueError):
     """Turns any error inside into one line: what can't be done, and why."""
     try:
         yield
@@ -1007,6 +1010,14 @@ def processes():
     """(rank, world): (0, 1) for one process."""
     group = torch.distributed
     return (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
+
+
+def own_part(rows):
+    """This process's rows of a batch, and their share of it. A process for which no row is left
+    takes the first one, with share 0, since all processes must take every step."""
+    rank, world = processes()
+    own = rows[rank::world]
+    return own or rows[:1], len(own) / len(rows)
 
 
 def from_rank_0(value=None):
@@ -1031,7 +1042,7 @@ def save(path, write):
     """Calls write(part) in the first process; the file or folder it makes appears at `path` as a
     whole or not at all. Raises OSError; whatever was at `path` is then unchanged."""
     part = path.with_name(f"{path.name}.part")
-    with refuse(f"{path} could not be written, and is unchanged", OSError):
+    with explain(f"{path} could not be written, and is unchanged", OSError):
         if processes()[0] == 0:
             write(part)
             os.replace(part, path)
@@ -1047,7 +1058,7 @@ def load_state(file, parts, data_id):
     """Restores `parts` from the state that `train` saved in `file`, if any; returns the history."""
     if not file.exists():
         return []
-    with refuse(f"{file} does not belong to this run: delete it to train from scratch"):
+    with explain(f"{file} does not belong to this run: delete it to train from scratch"):
         state = torch.load(file, map_location="cpu", weights_only=True)       # never runs code
         if state["data"] != data_id:
             raise ValueError("the training data have changed since the run began")
@@ -1063,7 +1074,7 @@ def resumed(settings):
     given = {name: getattr(settings, name) for name in ("resume", "device", "precision")}
     if settings != Settings(**given):
         raise ValueError("--resume takes no other flags than --device and --precision")
-    with refuse(f"--resume {settings.resume}: no run can be resumed there"):
+    with explain(f"--resume {settings.resume}: no run can be resumed there"):
         saved = json.loads((Path(settings.resume) / "metrics.json").read_text())
         own = saved["settings"] | {"output_dir": settings.resume}
         if settings.device not in ("auto", own["device"]):     # it may not support the old one
@@ -1072,7 +1083,8 @@ def resumed(settings):
 
 
 def main(argv=None):
-    """The command line. Returns 0, 2 for an error (one line on stderr), or 130 after Ctrl-C."""
+    """The command line. Returns 0, 2 for an error (one line on stderr; with RAIL_KD_DEBUG=1 in the
+    environment, a traceback instead), or 130 after Ctrl-C."""
     parser = transformers.HfArgumentParser(
         Settings, description=__doc__.splitlines()[0], allow_abbrev=False, exit_on_error=False)
     settings = Settings()
@@ -1093,6 +1105,8 @@ def main(argv=None):
         return 130
     except (argparse.ArgumentError, ValueError, OSError, FloatingPointError,
             torch.OutOfMemoryError) as error:
+        if os.environ.get("RAIL_KD_DEBUG"):                    # show where a change went wrong
+            raise
         print(f"rail_kd.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
