@@ -31,21 +31,22 @@ The toy run ends with:
 
 Over ten seeds, with one teacher, mean +- standard deviation: labels alone (--mapping finetune)
 0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963 +- 0.029, with --centre
-0.987 +- 0.019. So the seed above is a lucky one. The README has results on other data.
+0.987 +- 0.019. So seed 0, above, is a lucky one. In none of our tests did RAIL-KD without --centre
+beat vanilla KD; see the README.
 
 Source: Haidar, Anchuri, Rezagholizadeh, Ghaddar, Langlais, Poupart, "RAIL-KD: RAndom Intermediate
 Layer Mapping for Knowledge Distillation", Findings of NAACL 2022, arXiv 2109.10164. This is an
-unofficial implementation. It was written without the paper's full text, from its abstract, its
-first table and two public re-implementations (aitsc/GLMKD and TKC002/CILDA-plus-minILD). Where each
-choice comes from:
+unofficial implementation, written without the paper's full text, from its abstract, its first table
+and two public re-implementations (aitsc/GLMKD, TKC002/CILDA-plus-minILD). What is from where:
 
     draw once per epoch, sorted; weighted sum of the losses                   the paper
     weights 1/3 each; u = 128; mean over tokens, projection, unit length      both implementations
+    projections with a bias, at the learning rate of the student              both implementations
     candidates 1..n-1, k = m-1 pairs: the last layers stay out of the draw    one of them (GLMKD)
     one projection per side, shared by all pairs; squared distance            one of them (GLMKD)
-    mean over the k pairs, so that RAIL lies in [0, 4]                        ours
+    the mean over pairs and sentences, so that RAIL lies in [0, 4]            the other (GLMKD: sum)
+    layer by layer (both of them concatenate the layers: --variant concat)    ours
     padding is excluded from the mean over tokens (both include it)           ours
-    projections with a bias, at the learning rate of the student              ours
     temperature 2 (the factor T^2 is standard)                                ours (theirs: 10, 1)
     10 epochs, learning rate 5e-5, 10 % warm-up, no weight decay or clipping  ours (one: 20, 2e-5)
     the student starts from evenly spaced layers of its teacher               ours
@@ -53,10 +54,9 @@ choice comes from:
 
 Notation: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
-width of the projections, T the temperature. Sections 1 to 3 (draw, losses, loop) are the method;
-you can stop after them. The rest supports them: 4 the teacher's outputs, 5 models, 6 data,
-7 scores, 8 settings, 9 the whole job, 10 files and command line. For a course, the code between the
-SOLUTION markers can be removed; see the README.
+width of the projections, T the temperature. Sections 1 to 3 (draw, losses, loop) are the method:
+300 lines for one sitting. The rest supports them: 4 the teacher's outputs, 5 models, 6 data,
+7 scores, 8 settings, 9 the whole job, 10 files and command line. SOLUTION marks exercises (README).
 """
 import argparse, contextlib, copy, csv, dataclasses, functools, inspect, json, math
 import os, re, shlex, shutil, sys, time, timeit
@@ -74,14 +74,14 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 # ---- 1. The draw -------------------------------------------------------------------------------
 # A draw of 2, 7, 9 is a map: teacher layer 2 teaches student layer 1, 7 teaches 2, and 9 teaches 3.
-# Two facts about such maps, checked by the tests and the notebook:
+# Two facts about such maps; the tests and the notebook check both:
 #
 #   On average, they are evenly spaced. The i-th smallest of k distinct uniform draws from 1..n-1
 #   has mean i*n/(k+1) = i*n/m: for 12 -> 4, layers 3, 6 and 9, the map that PKD calls "skip". Only
 #   the means agree: student layer 1's most likely partner is teacher layer 1, and 3, 6, 9 is just
 #   one of 165 equally likely maps.
 #
-#   Nearly every layer gets to teach, although each step pays for only k pairs. For 12 -> 4, a layer
+#   Nearly every layer gets to teach, although each step compares only k pairs. For 12 -> 4, a layer
 #   sits out one epoch with probability 1 - k/(n-1) = 72.7 %, five in a row with 20.3 %, and ten in
 #   a row with 4.1 %.
 
@@ -108,8 +108,8 @@ def sample_layer_map(num_teacher_layers, num_student_layers, rng):
 
 def choose_layers(settings, n, m, epoch, step=0):
     """The teacher layers of an epoch for `settings.mapping`: int array (k,) or (n-1,), or None.
-    The other methods lend only their maps: `skip` and `last` are from PKD (Sun et al. 2019),
-    `attention`, where all n-1 candidates teach each student layer, is from ALP-KD (Passban et al.
+    Only the maps are taken from other methods: `skip` and `last` from PKD (Sun et al. 2019), and
+    `attention`, where all n-1 candidates teach each student layer, from ALP-KD (Passban et al.
     2021). Pooling, projections and loss are those of RAIL-KD."""
     if settings.mapping == "random":
         # A fresh generator for each draw: a resumed run must draw the same layers.
@@ -132,9 +132,9 @@ def choose_layers(settings, n, m, epoch, step=0):
 # by mapping every sentence to the same direction. The student then learns nothing.
 #
 # How to see it. The loss alone does not show this, so each epoch also reports `cosine`, c: the mean
-# cosine between *different* sentences after the teacher's projection. The mean of these unit
-# vectors has a length of about sqrt(c). A student that always answers with its direction, whatever
-# the sentence, has a loss of about 2 - 2 sqrt(c): only a lower one shows that it has learned more.
+# cosine between *different* sentences after the teacher's projection. Their mean has a length of
+# about sqrt(c), so a student that outputs its direction for every sentence has a loss of about
+# 2 - 2 sqrt(c). Only a loss clearly below that shows that the student tells sentences apart.
 #
 # What --centre does. It subtracts the batch mean from each side before normalisation, which removes
 # the direction that all sentences share. It raised the score on the toy, but not on real text.
@@ -143,7 +143,7 @@ def choose_layers(settings, n, m, epoch, step=0):
 def mean_pool(hidden_states, attention_mask):
     """One vector per sentence: the mean of a layer's output over the real tokens.
 
-    Padding is ignored, whatever it contains, even NaN; otherwise the loss of a sentence would
+    Padding is ignored whatever it contains, NaN included; otherwise the loss of a sentence would
     depend on how long its neighbours in the batch are.
 
     Args: hidden_states (B, S, d), any float type; attention_mask (B, S), any type: 1 for a real
@@ -164,8 +164,8 @@ def mean_pool(hidden_states, attention_mask):
 class RailLoss(nn.Module):
     """The intermediate loss: project, normalise, compare.
 
-    Variant "layerwise" (RAIL-KD^l) compares pair by pair, "concat" (RAIL-KD^c) concatenates the k
-    vectors of each side first, "attention" is layer-wise with all teacher candidates for each
+    Variant "layerwise" (RAIL-KD^l) compares pair by pair; "concat" (RAIL-KD^c) concatenates the k
+    vectors of each side first; "attention" is layer-wise with all teacher candidates for each
     student layer. The projections are trained with the student and discarded afterwards.
 
     Args: teacher_dim, student_dim, num_pairs, projection_size: d_t, d_s, k, u; centre: whether to
@@ -195,8 +195,8 @@ class RailLoss(nn.Module):
         """Mean squared distance of the projected unit vectors, over pairs and batch: in [0, 4].
 
         Both sides go through `self.project`, each with its own projection, and are then divided by
-        their L2 norm (zero vectors stay zero). Layer-wise, layer i of one side meets layer i of the
-        other. With attention, the teacher's vector of pair i is the sum of all projected
+        their L2 norm (zero vectors stay zero). Layer-wise, layer i is compared with layer i of the
+        other side. With attention, the teacher's vector of pair i is the sum of all projected
         candidates t_j, weighted by softmax_j(s_i . t_j), with s and t not yet normalised. Returns a
         scalar; no gradient flows into `teacher_pooled`.
 
@@ -230,7 +230,7 @@ def mean_cosine(vectors):
 def kd_loss(student_logits, teacher_logits, temperature):
     """T^2 * KL(softmax(z_t / T) || softmax(z_s / T)), batch mean, a scalar (Hinton et al. 2015).
 
-    A higher T shows more of what the teacher thinks of the wrong classes. The gradient of the
+    A higher T reveals more of how the teacher ranks the wrong classes. The gradient of the
     softened KL shrinks as 1/T^2; the factor T^2 makes up for that. For regression, (B, 1): the
     mean squared error. No gradient flows into `teacher_logits`.
 
@@ -246,7 +246,7 @@ def kd_loss(student_logits, teacher_logits, temperature):
     if student_logits.shape[1] == 1:
         return F.mse_loss(student_logits, teacher_logits.detach())
     # F.kl_div(a, b) is KL(b || a): the student comes first. Both are *log*-probabilities, hence
-    # log_target. The default reduction "mean" divides by B * C: the weight would depend on C.
+    # log_target. The default reduction "mean" divides by B * C, so KD's weight would depend on C.
     log_s = F.log_softmax(student_logits / temperature, dim=-1)
     log_t = F.log_softmax(teacher_logits.detach() / temperature, dim=-1)
     return temperature ** 2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
@@ -268,12 +268,12 @@ def combined_loss(ce, kd, rail, weights):
 
 
 # ---- 3. One step, and the loop -----------------------------------------------------------------
-# The frozen teacher gives the same outputs for a sentence in every epoch. So it has been run before
-# the loop starts (section 4), and `teacher_outputs(rows, layers)` looks them up. From below:
+# The frozen teacher gives the same outputs for a sentence in every epoch. So it runs once, before
+# the loop (section 4), and `teacher_outputs(rows, layers)` looks them up. Helpers further down:
 #
-#   outputs_of    a model's logits, pooled layers    length_batches   all rows, in batches
-#   label_loss    CE                                 fingerprint, load_state, save     to resume
-#   make_batch    rows, padded to a batch            processes, own_part, summed       more GPUs
+#   model_outputs   logits, pooled layers    length_batches: all rows, in batches
+#   label_loss      CE                       fingerprint, load_state, save: to resume
+#   make_batch      rows, padded             rank_and_world, own_rows, sum_over_processes: more GPUs
 
 
 class Distiller(nn.Module):
@@ -287,36 +287,36 @@ class Distiller(nn.Module):
         """CE, KD, RAIL and their weighted sum, (4,). batch: {input_ids (B, S), ..., labels (B,)};
         the teacher's outputs for it: logits (B, C), the map's layers (B, k, d_t). KD is 0 without
         teacher logits, and RAIL is 0 without projections."""
-        logits, pooled = outputs_of(self.student, batch, self.settings.precision, bool(self.rail))
+        use_rail, precision = self.rail is not None, self.settings.precision
+        logits, pooled = model_outputs(self.student, batch, precision, use_rail)
         ce = label_loss(logits, batch["labels"])
         kd = rail = torch.zeros_like(ce)
         if teacher_logits is not None:
             kd = kd_loss(logits, teacher_logits, self.settings.temperature)
-        if self.rail:                              # layers 1..m-1; layer m learns from the logits
+        if use_rail:                               # layers 1..m-1; layer m learns from the logits
             rail = self.rail(pooled[:, :-1], teacher_pooled)
         return torch.stack([ce, kd, rail, combined_loss(ce, kd, rail, self.settings.weights)])
 
 
 def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher_outputs=None, n=0):
     """Trains a Distiller in place; returns the history, one dict per epoch.
-    `teacher_outputs(rows, layers)` looks up the logits (B, C) and pooled layers (B, k, d_t) of a
+    `teacher_outputs(rows, layers)` gives the logits (B, C) and pooled layers (B, k, d_t) of a
     teacher of n layers, see section 4; without it, the model learns from the labels alone, as the
     teacher itself does. `after_epoch(history, layers)` may add scores to history[-1]. All
-    randomness is seeded from (seed, epoch), and the state is saved after each epoch: a killed run
-    resumes after its last complete epoch, on a CPU with bit-identical results. Raises
-    FloatingPointError for a loss that is not finite, ValueError if `state_file` was saved with
-    other data."""
-    (rank, world), student = processes(), distiller.student
+    randomness comes from (seed, epoch), and the state is saved after each epoch: a killed run
+    resumes after its last full epoch, on a CPU bit for bit. Raises FloatingPointError for a loss
+    that is not finite, ValueError if `state_file` was saved with other data."""
+    (rank, world), student = rank_and_world(), distiller.student
     m, lengths = student.config.num_hidden_layers, lengths_of(data)
     steps = math.ceil(len(data) / settings.batch_size) * settings.epochs
     groups = [{"params": student.parameters(), "lr": settings.learning_rate}]
-    if distiller.rail:             # starts from random weights, so it may need a rate of its own
+    if distiller.rail:             # random at first, so they may need a rate of their own
         rate = settings.projection_learning_rate or settings.learning_rate
         groups.append({"params": distiller.rail.parameters(), "lr": rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     # Warm-up for a tenth of the steps, then linearly down to 0.
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    # In fp16, small gradients become 0, so the loss is scaled up, and the gradients back down.
+    # In fp16, small gradients become 0: the loss is scaled up first, and the gradients down after.
     scaler = torch.amp.GradScaler(student.device.type, enabled=settings.precision == "fp16")
     parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     data_id = fingerprint(data)
@@ -336,10 +336,10 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
         for step, rows in enumerate(tqdm(batches, f"epoch {epoch}", leave=False, disable=quiet)):
             if settings.resample == "step":
                 layers = choose_layers(settings, n, m, epoch, step)
-            own, share = own_part(rows)            # one process: all rows, and 1
+            own, share = own_rows(rows)            # one process: all rows, and 1
             targets = () if teacher_outputs is None else teacher_outputs(own, layers)
             losses = model(make_batch(data, tokenizer, own, student.device), *targets)    # (4,)
-            # losses[3] is the total. DDP averages the gradients; times `world`, they are summed.
+            # losses[3] is the total. DDP averages the gradients; the factor `world` makes it a sum.
             scaler.scale(losses[3] * share * world).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -347,10 +347,10 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
             optimizer.zero_grad()
             sums += losses.detach() * share * len(rows) / len(data)    # stays on the device
         # Summing waits for the device, so the clock is read afterwards.
-        ce, kd, rail, total = summed(sums, f"the loss of epoch {epoch}").tolist()
+        ce, kd, rail, total = sum_over_processes(sums, f"the loss of epoch {epoch}").tolist()
         seconds = time.perf_counter() - start
-        one_map = settings.mapping in ("random", "skip", "last") and settings.resample == "epoch"
-        history.append({"epoch": epoch, "layers": layers.tolist() if one_map else None,
+        many = layers is None or settings.mapping == "attention" or settings.resample == "step"
+        history.append({"epoch": epoch, "layers": None if many else layers.tolist(),
                         "seconds": seconds, "examples_per_second": len(data) / seconds,
                         "ce": ce, "kd": kd, "rail": rail, "total": total})
         after_epoch(history, layers)
@@ -367,7 +367,7 @@ def label_loss(logits, labels):
     return F.cross_entropy(logits, labels)
 
 
-def outputs_of(model, batch, precision="fp32", pool=False):
+def model_outputs(model, batch, precision="fp32", pool=False):
     """Logits (B, C), and with `pool` the pooled layers 1..n (B, n, d), else None; in float32."""
     half = torch.float16 if precision == "fp16" else torch.bfloat16
     with torch.autocast(model.device.type, half, enabled=precision != "fp32"):
@@ -381,11 +381,11 @@ def outputs_of(model, batch, precision="fp32", pool=False):
 
 
 # ---- 4. The teacher's outputs ------------------------------------------------------------------
-# A frozen teacher gives the same outputs in every epoch, and RAIL-KD needs only its logits and one
-# pooled vector per layer. So it runs over the training data once, and the loop looks its outputs
-# up. A step costs about as much as three forward passes of the student (the backward pass counts as
-# two). A live teacher, n/m times as deep, would add n/m more passes to each. Since only sentence
-# vectors are compared, student and teacher may differ in width, architecture and even tokenizer.
+# RAIL-KD needs only the teacher's logits and one pooled vector per layer. So it runs over the
+# training data once, and the loop looks its outputs up. A step costs about as much as three forward
+# passes of the student (the backward pass counts as two). A live teacher, n/m times as deep, would
+# add the equivalent of n/m more to every step. Since only sentence vectors are compared, student
+# and teacher may differ in width, architecture and even tokenizer.
 
 
 def make_batch(data, tokenizer, rows, device):
@@ -399,34 +399,34 @@ def predict(model, data, tokenizer, precision="fp32", pooled=None):
     (N, n, d) is given, it is filled with the pooled outputs of all layers. Several processes share
     the work. Raises FloatingPointError for logits that are NaN or infinite."""
     model.eval()                                   # dropout would add noise
-    rank, world = processes()
+    rank, world = rank_and_world()
     logits = torch.zeros(len(data), model.config.num_labels, device=model.device)
-    order = np.argsort(lengths_of(data))           # by length, for little padding
+    order = np.argsort(lengths_of(data))           # sorted by length: little padding
     batches = np.split(order, range(64, len(data), 64))[rank::world]            # of 64 examples
     for rows in tqdm(batches, "forward passes", leave=False, disable=rank > 0 or None):
         batch = make_batch(data, tokenizer, rows, model.device)
-        logits[rows], vectors = outputs_of(model, batch, precision, pooled is not None)
+        logits[rows], vectors = model_outputs(model, batch, precision, pooled is not None)
         if pooled is not None:
             pooled[rows] = vectors.to(pooled)
-    return summed(logits, "a model's logits").cpu().numpy()
+    return sum_over_processes(logits, "a model's logits").cpu().numpy()
 
 
-def teacher_table(teacher, data, tokenizer, settings, place):
+def teacher_table(teacher, data, tokenizer, settings, parent):
     """Runs the frozen teacher over the training data once, and returns a function that looks up its
     outputs: (rows, layers) -> logits (B, C), pooled layers (B, k, d_t), in float32.
 
     The layers are kept in half precision, in a memory-mapped file: 19 GB for MNLI with 24 layers of
-    width 1024. A table that an earlier run left in the folder `place` is reused: its name is a hash
-    of all that it is made from. Raises ValueError if the disk has too little space."""
-    # The labels are left out: the same sentences, labelled otherwise, can share a table.
+    width 1024. A table that an earlier run left in the folder `parent` is reused; its name is a
+    hash of all that it is made from. Raises ValueError if the disk has too little space."""
+    # Labels are left out, so that the same sentences with other labels can share a table.
     name = fingerprint(data.remove_columns("label"), str(teacher.config), tokenizer.padding_side,
-                       settings.precision, mean_pool.__code__, outputs_of.__code__,
+                       settings.precision, mean_pool.__code__, model_outputs.__code__,
                        *teacher.state_dict().values())
     shape = len(data), teacher.config.num_hidden_layers, teacher.config.hidden_size    # (N, n, d_t)
-    size, folder = math.prod(shape), place / f"table-{name}"
+    size, folder = math.prod(shape), parent / f"table-{name}"
     done = from_rank_0((folder / "logits.pt").exists())        # it is written last
-    if not done and 2 * size > shutil.disk_usage(place).free:
-        raise ValueError(f"{place} has no space for the teacher's outputs, {2e-9 * size:.1f} GB")
+    if not done and 2 * size > shutil.disk_usage(parent).free:
+        raise ValueError(f"{parent} has no space for the teacher's outputs, {2e-9 * size:.1f} GB")
     folder.mkdir(exist_ok=True)
     pooled = torch.from_file(str(folder / "pooled.bin"), True, size, dtype=torch.half).view(shape)
     if not done:
@@ -466,15 +466,15 @@ def toy_teacher(seed, num_layers=12):
 def load_classifier(name, feature, seed, role):
     """(model, tokenizer, trained) from a hub name or a folder, with one output for each class of
     the data (one for regression). A checkpoint without a classifier gets a random one, drawn from
-    the seed, and `trained` is False. The same goes for a student with another number of classes;
-    for a teacher, that is an error. `role` is "teacher" or "student", `feature` the type of the
-    label column; if `name` is None, the model is the toy's teacher. Raises ValueError if no
+    the seed, and `trained` is False. So does a student that was trained for another number of
+    classes; for a teacher, that is an error. `role` is "teacher" or "student", `feature` the type
+    of the label column; if `name` is None, the model is the toy's teacher. Raises ValueError if no
     suitable model can be loaded.
     """
     if name is None:
         return *toy_teacher(seed), False
     torch.manual_seed(seed)
-    with explain(f"no {role} that fits the data can be loaded from {name!r}"):
+    with one_line_error(f"no {role} that fits the data can be loaded from {name!r}"):
         # No code from the hub runs, and weight files contain none: safetensors, or weights_only.
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -482,20 +482,21 @@ def load_classifier(name, feature, seed, role):
             trust_remote_code=False, output_loading_info=True)
         # What a checkpoint lacks, transformers fills with random numbers. That is right for a new
         # classifier and for BERT's pooler, which belongs to it, but not for the encoder.
-        other = {key for key, *_ in info["mismatched_keys"]}       # there, but of another shape
-        new, encoder = other | set(info["missing_keys"]), f"{model.base_model_prefix}."
-        bad = [key for key in new if key.startswith(encoder) and "pooler" not in key]
-        if bad or (other and role == "teacher"):
-            raise ValueError(f"its weights do not fit its config or classes: {min(bad or other)}")
-    return model.float(), tokenizer, not new       # float: it may be stored in half precision
+        mismatched = {key for key, *_ in info["mismatched_keys"]}  # there, but of another shape
+        untrained, encoder = mismatched | set(info["missing_keys"]), f"{model.base_model_prefix}."
+        missing = [key for key in untrained if key.startswith(encoder) and "pooler" not in key]
+        if missing or (mismatched and role == "teacher"):
+            first = min(missing or mismatched)
+            raise ValueError(f"its weights do not fit its config or classes: {first}")
+    return model.float(), tokenizer, not untrained       # float: it may be stored in half precision
 
 
-def use_labels(model, feature):
+def align_labels(model, feature):
     """Gives a model the data's label names, in place, and puts its logits in the data's order.
     MNLI checkpoints on the hub number the classes differently from GLUE. A student of such a
     teacher would silently learn the wrong classes. If the model has the data's names in another
     order, perhaps in another case, the rows of its last linear layer are reordered. Any other names
-    (LABEL_0) are replaced, in the order as it is. For regression, the name is kept."""
+    (LABEL_0) are replaced, and the order is kept. For regression, the name is kept."""
     config, names = model.config, getattr(feature, "names", list(model.config.id2label.values()))
     # Letter case is ignored, unless two classes differ in nothing else.
     fold = str.lower if len(set(map(str.lower, names))) == len(names) else str
@@ -511,39 +512,40 @@ def use_labels(model, feature):
 def build_student(teacher, num_layers):
     """A student cut from its teacher: `num_layers` of its layers, weights copied, nothing shared.
     The teacher must keep its n layers in one nn.ModuleList. Student layer i is teacher layer
-    round(i*n/m), so the student keeps the last one, for which the classifier was made. Returns a
+    round(i*n/m), so the student keeps the last one, which the classifier was trained on. Returns a
     model of the same class, in train mode, with gradients, on the CPU. Raises ValueError for more
     layers than the teacher has, or fewer than 1, and for an architecture that can't be cut."""
     n, cut = teacher.config.num_hidden_layers, copy.deepcopy(teacher)
     if not 1 <= num_layers <= n:
         raise ValueError(f"{num_layers} layers can't be cut from a teacher of {n}: choose 1 to {n}")
     kept = [round(i * n / num_layers) - 1 for i in range(1, num_layers + 1)]   # counted from 0
-    with explain(f"a {type(teacher).__name__} can't be cut: name another model as the student"):
+    kind = type(teacher).__name__
+    with one_line_error(f"a {kind} can't be cut: name another model as the student"):
         cut.config.num_hidden_layers = num_layers
         if getattr(cut.config, "layer_types", None):           # each layer keeps its type
             cut.config.layer_types = [cut.config.layer_types[i] for i in kept]
         # ALBERT has no such list, since its layers share their weights.
         path = next(p for p, x in cut.named_modules() if type(x) is nn.ModuleList and len(x) == n)
         cut.set_submodule(path, nn.ModuleList(cut.get_submodule(path)[i] for i in kept))
-        # Into a new model with this config, as when the saved student is loaded: each weight must
-        # have its place there.
+        # Copy the weights into a new model with this config, as loading the saved student will do;
+        # a weight without a place there fails here.
         student = type(teacher)(cut.config)
         student.load_state_dict(cut.state_dict())
     return student.train()
 
 
-def prepare(model, tokenizer, sets, settings, role):
+def encode_and_check(model, tokenizer, sets, settings, role):
     """Encodes all data for one model, gives the model the data's labels, and tries it on the
     shortest and the longest training example. Raises ValueError, before anything slow begins, if
     the method can't use the model: no attention mask, hidden states that are missing or of another
     shape, too few positions, a precision that it can't run in."""
     model.to(settings.device)
     hint = "" if settings.precision == "fp32" else ", --precision fp32 may help"
-    with explain(f"the {role}, a {type(model).__name__}, can't be used{hint}"):
+    with one_line_error(f"the {role}, a {type(model).__name__}, can't be used{hint}"):
         sets = {name: encode(x, tokenizer, model, settings.max_length) for name, x in sets.items()}
         if "attention_mask" not in sets["train"].column_names:
             raise ValueError("it has no attention mask, so padding would count as text")
-        use_labels(model, sets["train"].features["label"])
+        align_labels(model, sets["train"].features["label"])
         ends = sets["train"].select(np.argsort(lengths_of(sets["train"]))[[0, -1]])
         pooled = torch.zeros(2, model.config.num_hidden_layers, model.config.hidden_size)
         predict(model, ends, tokenizer, settings.precision, pooled)
@@ -553,8 +555,8 @@ def prepare(model, tokenizer, sets, settings, role):
 # ---- 6. Data -----------------------------------------------------------------------------------
 # Every source becomes Datasets with the columns sentence1, sometimes sentence2, and label: a
 # ClassLabel with names, or a float for regression. The toy shows the method offline, in two
-# minutes. Its story: somebody trained a large model on 8,000 carefully labelled sentences. You have
-# that model and 1,000 other sentences, a fifth of them mislabelled.
+# minutes. The scenario: somebody has trained a large model on 8,000 carefully labelled sentences.
+# You have that model and 1,000 other sentences, a fifth of them mislabelled.
 
 GLUE = "cola sst2 mrpc stsb qqp mnli qnli rte wnli".split()
 METRICS = {"cola": ["matthews_correlation"], "mrpc": ["accuracy", "f1"], "qqp": ["accuracy", "f1"]}
@@ -578,8 +580,8 @@ def toy_sentences(seed, sizes):
     stone for a deep model that starts from random weights. No sentence occurs twice, and all depend
     on the seed alone.
     """
-    rng, found = np.random.default_rng([seed, 0x7071]), {}    # found: sentence -> label, in order
-    while len(found) < sum(sizes):
+    rng, label_of = np.random.default_rng([seed, 0x7071]), {}    # sentence -> label
+    while len(label_of) < sum(sizes):
         clauses, labels = [], []                   # of the main clause, then of the other one
         for topic in rng.choice(TOPICS, 2, replace=False):
             positive, negated = rng.integers(2), rng.random() < 1 / 3
@@ -587,8 +589,9 @@ def toy_sentences(seed, sizes):
             adjective = rng.choice(POSITIVE if positive else NEGATIVE)
             clauses.append(" ".join(f"{topic} is {degree} {adjective}".split()))
             labels.append(int(positive ^ negated))
-        found.setdefault(rng.choice(FORMS).format(*clauses).capitalize(), labels[0])
-    data = datasets.Dataset.from_dict({"sentence1": list(found), "label": list(found.values())})
+        label_of.setdefault(rng.choice(FORMS).format(*clauses).capitalize(), labels[0])
+    columns = {"sentence1": list(label_of), "label": list(label_of.values())}
+    data = datasets.Dataset.from_dict(columns)
     data = data.cast_column("label", datasets.ClassLabel(names=["negative", "positive"]))
     return [data.select(range(end - size, end)) for size, end in zip(sizes, np.cumsum(sizes))]
 
@@ -598,11 +601,11 @@ def read_file(path, train=None):
 
     Names or whole numbers become classes, in sorted order; a single decimal makes it regression.
     Later files must have the columns of `train`, and its labels or class numbers (0 for
-    "negative"). Raises ValueError. Why not `datasets.load_dataset`: it would treat [ and * in a
-    path as a pattern, turn 007 into 7, and return old rows for a changed file with the old time
-    stamp.
+    "negative"). Raises ValueError. `datasets.load_dataset` is avoided because it treats
+    [ and * in a path as a pattern, turns 007 into 7, and returns old rows for a file that changed
+    but kept its time stamp.
     """
-    with explain(f"{path} is not a CSV or JSON Lines file in UTF-8 with sentence and label"):
+    with one_line_error(f"{path} is not a CSV or JSON Lines file in UTF-8 with sentence and label"):
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = (list(csv.DictReader(file, strict=True)) if path.lower().endswith(".csv")
                     else [json.loads(line) for line in file if line.strip()])
@@ -649,7 +652,7 @@ def load_task(settings):
         noisy = train.map(lambda row, i: {"label": row["label"] ^ int(wrong[i])}, with_indices=True)
         sets = {"train": noisy, "teacher_train": teacher_train, "validation": validation}
     elif settings.task:
-        with explain(f"{settings.task} can't be loaded from the hub (--task toy needs none)"):
+        with one_line_error(f"{settings.task} can't be loaded from the hub (the toy needs none)"):
             splits = datasets.load_dataset("nyu-mll/glue", settings.task)
         texts = [x for x in splits["train"].column_names if x not in ("label", "idx")]
         names = dict(zip(texts, ("sentence1", "sentence2")))
@@ -674,7 +677,7 @@ def encode(data, tokenizer, model, max_length):
     limit = min(max_length, tokenizer.model_max_length)
     positions = getattr(model.config, "max_position_embeddings", None) or -1     # XLNet has -1
     if 0 < positions < limit:
-        limit = positions - 2                      # RoBERTa and its relatives reserve two
+        limit = positions - 2                      # RoBERTa's family reserves two
     texts = [name for name in data.column_names if name != "label"]
     data = data.map(tokenizer, input_columns=texts, batched=True,
                     fn_kwargs={"truncation": True, "max_length": limit})
@@ -689,7 +692,7 @@ def lengths_of(data):
 
 def length_batches(lengths, batch_size, seed):
     """Row numbers in batches of similar length, in random order; each row is in exactly one. A
-    sentence is padded to the longest of its batch: from 25 to 128 tokens, four fifths are waste."""
+    sentence is padded to the longest of its batch; 25 tokens in 128 would be four fifths waste."""
     generator = torch.Generator().manual_seed(seed)
     order = get_length_grouped_indices(lengths, batch_size, generator=generator)
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
@@ -741,7 +744,7 @@ def evaluate(model, data, tokenizer, task=None, precision="fp32", teacher_logits
     return compute_metrics(logits, data["label"], task, teacher_logits)
 
 
-def score(model, sets, tokenizer, settings, teacher_logits={}):
+def score_all(model, sets, tokenizer, settings, teacher_logits={}):
     """The metrics of all sets that are scored. Those of MNLI's second set end in _mismatched, and
     those of further files go under "evaluation"."""
     found = {name: evaluate(model, sets[name], tokenizer, settings.task, settings.precision,
@@ -751,11 +754,11 @@ def score(model, sets, tokenizer, settings, teacher_logits={}):
 
 
 @torch.no_grad()
-def costs(model, sets, tokenizer, settings):
+def measure_costs(model, sets, tokenizer, settings):
     """What a model costs: layers, parameters, bytes, and median milliseconds for one sentence."""
     batch = make_batch(sets["train"], tokenizer, [0], model.device)
     # .cpu() waits for the device.
-    timer = timeit.Timer(lambda: outputs_of(model, batch, settings.precision)[0].cpu())
+    timer = timeit.Timer(lambda: model_outputs(model, batch, settings.precision)[0].cpu())
     return {"layers": model.config.num_hidden_layers, "parameters": model.num_parameters(),
             "bytes": sum(tensor.nbytes for tensor in model.state_dict().values()),
             "milliseconds_per_sentence": 1000 * float(np.median(timer.repeat(30, number=1)))}
@@ -859,7 +862,7 @@ class Settings:
         found = [text for text, applies in conflicts.items() if applies]
         if found:
             raise ValueError("; ".join(found))
-        if sum(weights) < 1 - 1e-6:                # resolve may run twice: keep the digits
+        if sum(weights) < 1 - 1e-6:                # else a second call changes digits
             new.weights = [weight / sum(weights) for weight in weights]
         return dataclasses.replace(new, output_dir=out)
 
@@ -880,14 +883,14 @@ def run(settings):
     datasets.disable_progress_bars()
     results = {"teacher": {}, "student": {}, "epochs": [], "evaluation": {}}
     if settings.resume:
-        settings, results = resumed(settings)
+        settings, results = load_run(settings)
     settings = settings.resolve()
     folder = Path(from_rank_0(settings.output_dir))
     if (folder / "student").is_dir():
         print(f"{folder} is finished already.")
         return results
 
-    # Data and models. Most problems show here, before anything slow starts or is written.
+    # Data and models. Most problems surface here, before anything slow starts or is written.
     sets = load_task(settings)
     feature = sets["train"].features["label"]
     source = str(folder / "teacher") if (folder / "teacher").is_dir() else settings.teacher
@@ -907,17 +910,18 @@ def run(settings):
         torch.manual_seed(settings.seed)
         rail = RailLoss(teacher.config.hidden_size, student.config.hidden_size, m - 1, variant,
                         settings.projection_size, settings.centre).to(settings.device)
-    teacher_sets = prepare(teacher, tokenizer, sets, settings, "teacher")
-    student_sets = prepare(student, student_tokenizer, sets, settings, "student")
+    teacher_sets = encode_and_check(teacher, tokenizer, sets, settings, "teacher")
+    student_sets = encode_and_check(student, student_tokenizer, sets, settings, "student")
     teacher_args = teacher, teacher_sets, tokenizer
     student_args = student, student_sets, student_tokenizer
 
+    rank, world = rank_and_world()
     # Claim the folder with a file that only one run can create. From here on, --resume works.
     results["settings"] = dataclasses.asdict(settings) | {"resume": None}
     results["versions"] = {x.__name__: x.__version__ for x in (torch, transformers, datasets, np)}
-    results["device"] = f"{settings.device}, {torch.get_num_threads()} threads x {processes()[1]}"
-    if not settings.resume and processes()[0] == 0:
-        with explain(f"--output-dir {folder} is in use, or can't be written to"):
+    results["device"] = f"{settings.device}, {torch.get_num_threads()} threads x {world}"
+    if not settings.resume and rank == 0:
+        with one_line_error(f"--output-dir {folder} is in use, or can't be written to"):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "metrics.json").touch(exist_ok=False)
         kind = f"classes {', '.join(feature.names)}" if hasattr(feature, "names") else "regression"
@@ -931,7 +935,7 @@ def run(settings):
     def after_epoch(record, args, history, layers):
         """Adds the scores of an epoch to `record`, prints a line, and updates metrics.json. `args`:
         what `score` needs of the model that is trained; `history`, `layers`: from `train`."""
-        scores, last = score(*args, settings, teacher_logits), history[-1]
+        scores, last = score_all(*args, settings, teacher_logits), history[-1]
         last |= scores
         record["epochs"] = history
         if layers is not None:
@@ -939,7 +943,7 @@ def run(settings):
             t = F.normalize(rail.project(rail.teacher_proj, pooled), dim=-1)    # (B, k, u)
             last["cosine"] = mean_cosine(t).item()
         pairs = " ".join(f"{i}←{j}" for i, j in enumerate(last["layers"] or [], 1))
-        names = [name for name in ("ce", "kd", "rail", "cosine") if last.get(name)]  # 0: unused
+        names = [name for name in ("ce", "kd", "rail", "cosine") if last.get(name)]  # not 0
         numbers = "  ".join(f"{name} {last[name]:.3f}" for name in [*names, next(iter(scores))])
         print(f"  epoch {last['epoch']:2}  {pairs}  {numbers}  "
               f"{last['examples_per_second']:,.0f} examples/s")
@@ -956,14 +960,15 @@ def run(settings):
         save(folder / "teacher", lambda to: [x.save_pretrained(to) for x in (teacher, tokenizer)])
         print(f"It can be used again with --teacher {shlex.quote(str(folder / 'teacher'))}")
         del teacher, student, teacher_args, student_args       # first free their memory
-        # The rest is what a resumed run does: it finds folder/teacher and uses it like any other.
+        # Continue as a resumed run, which loads folder/teacher like any other teacher.
         return run(Settings(resume=str(folder), device=settings.device,
                             precision=settings.precision))
     teacher.requires_grad_(False)                  # from here on it is frozen
     teacher_logits = {name: predict(teacher, data, tokenizer, settings.precision)
                       for name, data in teacher_sets.items() if name not in UNSCORED}
     warn_of_weak_teacher(teacher_logits["validation"], np.array(sets["validation"]["label"]))
-    results["teacher"] |= score(*teacher_args, settings) | costs(*teacher_args, settings)
+    results["teacher"] |= score_all(*teacher_args, settings)
+    results["teacher"] |= measure_costs(*teacher_args, settings)
 
     # The student: first the table of the teacher's outputs, then the same loop.
     if settings.mapping != "finetune":
@@ -972,8 +977,8 @@ def run(settings):
     print("The student learns:")
     train(Distiller(student, rail, settings), student_sets["train"], student_tokenizer, settings,
           folder / "student.pt", functools.partial(after_epoch, results, student_args), table, n)
-    results["student"] |= score(*student_args, settings, teacher_logits)
-    results["student"] |= costs(*student_args, settings)
+    results["student"] |= score_all(*student_args, settings, teacher_logits)
+    results["student"] |= measure_costs(*student_args, settings)
     results["evaluation"] = {
         path: {role: results[role]["evaluation"][path] for role in ("teacher", "student")}
         for path in settings.eval_file}
@@ -997,25 +1002,25 @@ def run(settings):
 
 
 @contextlib.contextmanager
-def explain(what, kind=ValueError):
+def one_line_error(what, error_type=ValueError):
     """Turns any error inside into one line: what can't be done, and why."""
     try:
         yield
     except Exception as error:
         why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise kind(f"{what} ({why})") from error
+        raise error_type(f"{what} ({why})") from error
 
 
-def processes():
+def rank_and_world():
     """(rank, world): (0, 1) for one process."""
     group = torch.distributed
     return (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
 
 
-def own_part(rows):
-    """This process's rows of a batch, and their share of it. A process for which no row is left
-    takes the first one, with share 0, since all processes must take every step."""
-    rank, world = processes()
+def own_rows(rows):
+    """This process's rows of a batch, and their share of it. A process left without rows takes the
+    first one, with share 0, since all processes must take every step."""
+    rank, world = rank_and_world()
     own = rows[rank::world]
     return own or rows[:1], len(own) / len(rows)
 
@@ -1023,14 +1028,14 @@ def own_part(rows):
 def from_rank_0(value=None):
     """The first process's value, in all processes; the others wait here for the first."""
     values = [value]
-    if processes()[1] > 1:
+    if rank_and_world()[1] > 1:
         torch.distributed.broadcast_object_list(values)
     return values[0]
 
 
-def summed(tensor, what):
+def sum_over_processes(tensor, what):
     """The sum of a tensor over all processes. Raises FloatingPointError if it is not finite."""
-    if processes()[1] > 1:
+    if rank_and_world()[1] > 1:
         torch.distributed.all_reduce(tensor)
     if not torch.isfinite(tensor).all():
         raise FloatingPointError(f"NaN or infinity in {what}: try a lower --learning-rate or "
@@ -1042,8 +1047,8 @@ def save(path, write):
     """Calls write(part) in the first process; the file or folder it makes appears at `path` as a
     whole or not at all. Raises OSError; whatever was at `path` is then unchanged."""
     part = path.with_name(f"{path.name}.part")
-    with explain(f"{path} could not be written, and is unchanged", OSError):
-        if processes()[0] == 0:
+    with one_line_error(f"{path} could not be written, and is unchanged", OSError):
+        if rank_and_world()[0] == 0:
             write(part)
             os.replace(part, path)
     from_rank_0()
@@ -1058,8 +1063,8 @@ def load_state(file, parts, data_id):
     """Restores `parts` from the state that `train` saved in `file`, if any; returns the history."""
     if not file.exists():
         return []
-    with explain(f"{file} does not belong to this run: delete it to train from scratch"):
-        state = torch.load(file, map_location="cpu", weights_only=True)       # never runs code
+    with one_line_error(f"{file} does not belong to this run: delete it to train from scratch"):
+        state = torch.load(file, map_location="cpu", weights_only=True)       # can't run code
         if state["data"] != data_id:
             raise ValueError("the training data have changed since the run began")
         for name, part in parts.items():
@@ -1068,18 +1073,18 @@ def load_state(file, parts, data_id):
     return state["history"]
 
 
-def resumed(settings):
+def load_run(settings):
     """(settings, metrics.json) of the run in `settings.resume`. Raises ValueError for other flags
     beside it, except for device and precision."""
     given = {name: getattr(settings, name) for name in ("resume", "device", "precision")}
     if settings != Settings(**given):
         raise ValueError("--resume takes no other flags than --device and --precision")
-    with explain(f"--resume {settings.resume}: no run can be resumed there"):
+    with one_line_error(f"--resume {settings.resume}: no run can be resumed there"):
         saved = json.loads((Path(settings.resume) / "metrics.json").read_text())
-        own = saved["settings"] | {"output_dir": settings.resume}
-        if settings.device not in ("auto", own["device"]):     # it may not support the old one
-            own["precision"] = "auto"
-        return Settings(**own | {x: given[x] for x in given if given[x] != "auto"}), saved
+        stored = saved["settings"] | {"output_dir": settings.resume}
+        if settings.device not in ("auto", stored["device"]):     # it may not support the old one
+            stored["precision"] = "auto"
+        return Settings(**stored | {x: given[x] for x in given if given[x] != "auto"}), saved
 
 
 def main(argv=None):
@@ -1094,7 +1099,7 @@ def main(argv=None):
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             torch.distributed.init_process_group()
-            if processes()[0] > 0:                             # only the first one prints
+            if rank_and_world()[0] > 0:                             # only the first one prints
                 sys.stdout = open(os.devnull, "w")
         settings = settings if settings.resume else settings.resolve()
         run(settings)

@@ -504,7 +504,7 @@ def test_teacher_gives_its_logits_in_the_order_of_the_data(name, own, wanted, or
     numbers = {label: i for i, label in enumerate(own)}
     teacher = small(name, 6, 16, id2label=dict(enumerate(own)), label2id=numbers)
     before = logits_of(teacher)
-    rail_kd.use_labels(teacher, datasets.ClassLabel(names=wanted))
+    rail_kd.align_labels(teacher, datasets.ClassLabel(names=wanted))
     assert torch.equal(logits_of(teacher), before[:, order])
     assert [teacher.config.id2label[i] for i in range(3)] == wanted
 
@@ -774,11 +774,11 @@ def test_help_can_be_shown():
 
 @needs_all
 def test_folder_of_another_run_is_refused_and_left_alone(world, tmp_path, monkeypatch):
-    settings, file, real = job(world, tmp_path), tmp_path / "metrics.json", rail_kd.prepare
+    settings, file, real = job(world, tmp_path), tmp_path / "metrics.json", rail_kd.encode_and_check
     def meanwhile(*args):                          # the other run is a little faster
         file.write_text("precious")
         return real(*args)
-    monkeypatch.setattr(rail_kd, "prepare", meanwhile)
+    monkeypatch.setattr(rail_kd, "encode_and_check", meanwhile)
     refuses(lambda: run(settings), "the other run has claimed the folder")
     monkeypatch.undo()
     refuses(lambda: run(settings), "the folder is in use")
