@@ -29,15 +29,15 @@ The toy run ends with:
     teacher      12     413,122        1.7             3.80  1.0000
     student       4     145,346        0.6             1.37  0.9930
 
-Over ten seeds, with one teacher, mean +- standard deviation: labels alone (--mapping finetune)
-0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963 +- 0.029, with --centre
-0.987 +- 0.019. So seed 0, above, is a lucky one. In none of our tests did RAIL-KD without --centre
-beat vanilla KD; see the README.
+Seed 0, shown above, was lucky. Mean +- standard deviation over ten seeds with the same teacher:
+labels alone (--mapping finetune) 0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028,
+RAIL-KD 0.963 +- 0.029, RAIL-KD with --centre (subtract the batch mean first) 0.987 +- 0.019. In
+none of our tests did RAIL-KD without --centre beat vanilla KD; see the README.
 
 Source: Haidar, Anchuri, Rezagholizadeh, Ghaddar, Langlais, Poupart, "RAIL-KD: RAndom Intermediate
 Layer Mapping for Knowledge Distillation", Findings of NAACL 2022, arXiv 2109.10164. This is an
 unofficial implementation, written without the paper's full text, from its abstract, its first table
-and two public re-implementations (aitsc/GLMKD, TKC002/CILDA-plus-minILD). What is from where:
+and two public re-implementations (aitsc/GLMKD, TKC002/CILDA-plus-minILD). Origin of each choice:
 
     draw once per epoch, sorted; weighted sum of the losses                   the paper
     weights 1/3 each; u = 128; mean over tokens, projection, unit length      both implementations
@@ -55,7 +55,7 @@ and two public re-implementations (aitsc/GLMKD, TKC002/CILDA-plus-minILD). What 
 Notation: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
 width of the projections, T the temperature. Sections 1 to 3 (draw, losses, loop) are the method:
-300 lines for one sitting. The rest supports them: 4 the teacher's outputs, 5 models, 6 data,
+300 lines for one sitting. The rest supports it: 4 the teacher's outputs, 5 models, 6 data,
 7 scores, 8 settings, 9 the whole job, 10 files and command line. SOLUTION marks exercises (README).
 """
 import argparse, contextlib, copy, csv, dataclasses, functools, inspect, json, math
@@ -74,16 +74,16 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 # ---- 1. The draw -------------------------------------------------------------------------------
 # A draw of 2, 7, 9 is a map: teacher layer 2 teaches student layer 1, 7 teaches 2, and 9 teaches 3.
-# Two facts about such maps; the tests and the notebook check both:
+# Two facts about these maps, both checked in the tests and the notebook:
 #
 #   On average, they are evenly spaced. The i-th smallest of k distinct uniform draws from 1..n-1
 #   has mean i*n/(k+1) = i*n/m: for 12 -> 4, layers 3, 6 and 9, the map that PKD calls "skip". Only
 #   the means agree: student layer 1's most likely partner is teacher layer 1, and 3, 6, 9 is just
 #   one of 165 equally likely maps.
 #
-#   Nearly every layer gets to teach, although each step compares only k pairs. For 12 -> 4, a layer
-#   sits out one epoch with probability 1 - k/(n-1) = 72.7 %, five in a row with 20.3 %, and ten in
-#   a row with 4.1 %.
+#   Nearly every layer gets to teach, although each step compares only k pairs. For 12 -> 4, the
+#   probability that a given layer sits out is 1 - k/(n-1) = 72.7 % for one epoch, 20.3 % for five
+#   in a row, and 4.1 % for ten.
 
 
 def sample_layer_map(num_teacher_layers, num_student_layers, rng):
@@ -128,8 +128,8 @@ def choose_layers(settings, n, m, epoch, step=0):
 #
 # For unit vectors, || s - t ||^2 = 2 - 2 cos(s, t): 0 for equal directions, 4 for opposite ones.
 #
-# The trivial solution. Both projections are trained too, and they can lower the loss on their own,
-# by mapping every sentence to the same direction. The student then learns nothing.
+# The trivial solution. Both projections are trained too, and they alone can lower the loss, by
+# mapping every sentence to the same direction. The student then learns nothing.
 #
 # How to see it. The loss alone does not show this, so each epoch also reports `cosine`, c: the mean
 # cosine between *different* sentences after the teacher's projection. Their mean has a length of
@@ -137,7 +137,7 @@ def choose_layers(settings, n, m, epoch, step=0):
 # 2 - 2 sqrt(c). Only a loss clearly below that shows that the student tells sentences apart.
 #
 # What --centre does. It subtracts the batch mean from each side before normalisation, which removes
-# the direction that all sentences share. It raised the score on the toy, but not on real text.
+# the direction that all sentences share. It improved the score on the toy, but not on real text.
 
 
 def mean_pool(hidden_states, attention_mask):
@@ -181,10 +181,10 @@ class RailLoss(nn.Module):
         if min(teacher_dim, student_dim, num_pairs, projection_size) < 1:
             raise ValueError("widths, number of pairs and projection size must be at least 1")
         self.num_pairs, self.variant, self.centre = num_pairs, variant, centre
-        joined = num_pairs if variant == "concat" else 1
+        layers_joined = num_pairs if variant == "concat" else 1
         # As attributes: in a plain list they would not be moved to the GPU, trained or saved.
-        self.teacher_proj = nn.Linear(joined * teacher_dim, projection_size)
-        self.student_proj = nn.Linear(joined * student_dim, projection_size)
+        self.teacher_proj = nn.Linear(layers_joined * teacher_dim, projection_size)
+        self.student_proj = nn.Linear(layers_joined * student_dim, projection_size)
 
     def project(self, linear, pooled):
         """Projects one side, before normalisation: (B, k, d) -> (B, k, u), or (B, u) for concat."""
@@ -196,7 +196,7 @@ class RailLoss(nn.Module):
 
         Both sides go through `self.project`, each with its own projection, and are then divided by
         their L2 norm (zero vectors stay zero). Layer-wise, layer i is compared with layer i of the
-        other side. With attention, the teacher's vector of pair i is the sum of all projected
+        other side. With attention, the teacher vector for pair i is the sum of all projected
         candidates t_j, weighted by softmax_j(s_i . t_j), with s and t not yet normalised. Returns a
         scalar; no gradient flows into `teacher_pooled`.
 
@@ -268,11 +268,18 @@ def combined_loss(ce, kd, rail, weights):
 
 
 # ---- 3. One step, and the loop -----------------------------------------------------------------
-# The frozen teacher gives the same outputs for a sentence in every epoch. So it runs once, before
-# the loop (section 4), and `teacher_outputs(rows, layers)` looks them up. Helpers further down:
+# The frozen teacher gives the same outputs for a sentence in every epoch, so it runs only once,
+# before the loop (section 4), and `teacher_outputs(rows, layers)` looks its outputs up. Who calls
+# whom, from the command line to the loss, once settings, models and data are ready:
 #
-#   model_outputs   logits, pooled layers    length_batches: all rows, in batches
-#   label_loss      CE                       fingerprint, load_state, save: to resume
+#   main > run > teacher_table                                   the teacher's outputs, once
+#              > train   > choose_layers > sample_layer_map      in each epoch
+#                        > Distiller     > kd_loss, RailLoss     in each step
+#
+# Helpers further down:
+#
+#   model_outputs   logits, pooled layers    lengths_of, length_batches: all rows, in batches
+#   label_loss      CE                       fingerprint, load_state, save_state: to resume
 #   make_batch      rows, padded             rank_and_world, own_rows, sum_over_processes: more GPUs
 
 
@@ -281,20 +288,20 @@ class Distiller(nn.Module):
 
     def __init__(self, student, rail, settings):
         super().__init__()
-        self.student, self.rail, self.settings = student, rail, settings
+        self.student, self.rail_loss, self.settings = student, rail, settings
 
     def forward(self, batch, teacher_logits=None, teacher_pooled=None):
         """CE, KD, RAIL and their weighted sum, (4,). batch: {input_ids (B, S), ..., labels (B,)};
-        the teacher's outputs for it: logits (B, C), the map's layers (B, k, d_t). KD is 0 without
-        teacher logits, and RAIL is 0 without projections."""
-        use_rail, precision = self.rail is not None, self.settings.precision
+        the teacher's outputs for it: logits (B, C), the map's layers (B, k, d_t). A loss without
+        its inputs (KD: teacher logits, RAIL: projections) is 0."""
+        use_rail, precision = self.rail_loss is not None, self.settings.precision
         logits, pooled = model_outputs(self.student, batch, precision, use_rail)
         ce = label_loss(logits, batch["labels"])
         kd = rail = torch.zeros_like(ce)
         if teacher_logits is not None:
             kd = kd_loss(logits, teacher_logits, self.settings.temperature)
         if use_rail:                               # layers 1..m-1; layer m learns from the logits
-            rail = self.rail(pooled[:, :-1], teacher_pooled)
+            rail = self.rail_loss(pooled[:, :-1], teacher_pooled)
         return torch.stack([ce, kd, rail, combined_loss(ce, kd, rail, self.settings.weights)])
 
 
@@ -302,26 +309,17 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
     """Trains a Distiller in place; returns the history, one dict per epoch.
     `teacher_outputs(rows, layers)` gives the logits (B, C) and pooled layers (B, k, d_t) of a
     teacher of n layers, see section 4; without it, the model learns from the labels alone, as the
-    teacher itself does. `after_epoch(history, layers)` may add scores to history[-1]. All
-    randomness comes from (seed, epoch), and the state is saved after each epoch: a killed run
-    resumes after its last full epoch, on a CPU bit for bit. Raises FloatingPointError for a loss
-    that is not finite, ValueError if `state_file` was saved with other data."""
+    teacher does when it is fine-tuned. `after_epoch(history, layers)` may add scores to the last
+    dict. All randomness comes from (seed, epoch), and the state is saved after each epoch: a killed
+    run resumes after its last full epoch, on a CPU bit for bit. Raises FloatingPointError for a
+    loss that is not finite, ValueError if `state_file` was saved with other data."""
     (rank, world), student = rank_and_world(), distiller.student
     m, lengths = student.config.num_hidden_layers, lengths_of(data)
     steps = math.ceil(len(data) / settings.batch_size) * settings.epochs
-    groups = [{"params": student.parameters(), "lr": settings.learning_rate}]
-    if distiller.rail:             # random at first, so they may need a rate of their own
-        rate = settings.projection_learning_rate or settings.learning_rate
-        groups.append({"params": distiller.rail.parameters(), "lr": rate})
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-    # Warm-up for a tenth of the steps, then linearly down to 0.
-    schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    # In fp16, small gradients become 0: the loss is scaled up first, and the gradients down after.
-    scaler = torch.amp.GradScaler(student.device.type, enabled=settings.precision == "fp16")
+    optimizer, schedule, scaler = make_optimizer(distiller, settings, steps)
     parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     data_id = fingerprint(data)
     history = load_state(state_file, parts, data_id)
-    quiet = rank > 0 or None               # None: a progress bar, but only on a terminal
     model = distiller
     if world > 1:                          # some models, such as XLNet, have unused weights
         model = nn.parallel.DistributedDataParallel(distiller, find_unused_parameters=True)
@@ -333,12 +331,13 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
         torch.manual_seed(seed + rank)                                          # for dropout
         distiller.train()
         batches = length_batches(lengths, settings.batch_size, seed)
-        for step, rows in enumerate(tqdm(batches, f"epoch {epoch}", leave=False, disable=quiet)):
+        for step, rows in enumerate(progress(batches, f"epoch {epoch}")):
             if settings.resample == "step":
                 layers = choose_layers(settings, n, m, epoch, step)
             own, share = own_rows(rows)            # one process: all rows, and 1
+            batch = make_batch(data, tokenizer, own, student.device)
             targets = () if teacher_outputs is None else teacher_outputs(own, layers)
-            losses = model(make_batch(data, tokenizer, own, student.device), *targets)    # (4,)
+            losses = model(batch, *targets)                                     # (4,)
             # losses[3] is the total. DDP averages the gradients; the factor `world` makes it a sum.
             scaler.scale(losses[3] * share * world).backward()
             scaler.step(optimizer)
@@ -354,10 +353,22 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
                         "seconds": seconds, "examples_per_second": len(data) / seconds,
                         "ce": ce, "kd": kd, "rail": rail, "total": total})
         after_epoch(history, layers)
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"history": history, "data": data_id}
-        save(state_file, lambda file: torch.save(state, file))
+        save_state(state_file, parts, data_id, history)
     return history
+
+
+def make_optimizer(distiller, settings, steps):
+    """(AdamW, its schedule of learning rates over `steps` steps, the scaler of the loss)."""
+    groups = [{"params": distiller.student.parameters(), "lr": settings.learning_rate}]
+    if distiller.rail_loss:        # initialised at random, so they may need their own learning rate
+        rate = settings.projection_learning_rate or settings.learning_rate
+        groups.append({"params": distiller.rail_loss.parameters(), "lr": rate})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    # Warm-up for a tenth of the steps, then linearly down to 0.
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    # In fp16, small gradients become 0: the loss is scaled up first, and the gradients down after.
+    device = distiller.student.device.type
+    return optimizer, schedule, torch.amp.GradScaler(device, enabled=settings.precision == "fp16")
 
 
 def label_loss(logits, labels):
@@ -369,8 +380,8 @@ def label_loss(logits, labels):
 
 def model_outputs(model, batch, precision="fp32", pool=False):
     """Logits (B, C), and with `pool` the pooled layers 1..n (B, n, d), else None; in float32."""
-    half = torch.float16 if precision == "fp16" else torch.bfloat16
-    with torch.autocast(model.device.type, half, enabled=precision != "fp32"):
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    with torch.autocast(model.device.type, dtype, enabled=precision != "fp32"):
         # Without the labels: the losses are computed here, not by the model.
         out = model(**dict(batch, labels=None), output_hidden_states=pool)
     if not pool:
@@ -403,7 +414,7 @@ def predict(model, data, tokenizer, precision="fp32", pooled=None):
     logits = torch.zeros(len(data), model.config.num_labels, device=model.device)
     order = np.argsort(lengths_of(data))           # sorted by length: little padding
     batches = np.split(order, range(64, len(data), 64))[rank::world]            # of 64 examples
-    for rows in tqdm(batches, "forward passes", leave=False, disable=rank > 0 or None):
+    for rows in progress(batches, "forward passes"):
         batch = make_batch(data, tokenizer, rows, model.device)
         logits[rows], vectors = model_outputs(model, batch, precision, pooled is not None)
         if pooled is not None:
@@ -500,9 +511,9 @@ def align_labels(model, feature):
     config, names = model.config, getattr(feature, "names", list(model.config.id2label.values()))
     # Letter case is ignored, unless two classes differ in nothing else.
     fold = str.lower if len(set(map(str.lower, names))) == len(names) else str
-    wanted, own = list(map(fold, names)), [fold(config.id2label[i]) for i in range(len(names))]
-    if own != wanted and sorted(own) == sorted(wanted):        # the same names, in another order
-        order = [own.index(name) for name in wanted]
+    wanted, old = list(map(fold, names)), [fold(config.id2label[i]) for i in range(len(names))]
+    if old != wanted and sorted(old) == sorted(wanted):        # the same names, in another order
+        order = [old.index(name) for name in wanted]
         head = [x for x in model.modules() if getattr(x, "out_features", 0) == len(names)][-1]
         head.load_state_dict({key: x[order] for key, x in head.state_dict().items()})
     config.problem_type = "single_label_classification" if len(names) > 1 else "regression"
@@ -546,16 +557,16 @@ def encode_and_check(model, tokenizer, sets, settings, role):
         if "attention_mask" not in sets["train"].column_names:
             raise ValueError("it has no attention mask, so padding would count as text")
         align_labels(model, sets["train"].features["label"])
-        ends = sets["train"].select(np.argsort(lengths_of(sets["train"]))[[0, -1]])
+        extremes = sets["train"].select(np.argsort(lengths_of(sets["train"]))[[0, -1]])
         pooled = torch.zeros(2, model.config.num_hidden_layers, model.config.hidden_size)
-        predict(model, ends, tokenizer, settings.precision, pooled)
+        predict(model, extremes, tokenizer, settings.precision, pooled)
     return sets
 
 
 # ---- 6. Data -----------------------------------------------------------------------------------
 # Every source becomes Datasets with the columns sentence1, sometimes sentence2, and label: a
 # ClassLabel with names, or a float for regression. The toy shows the method offline, in two
-# minutes. The scenario: somebody has trained a large model on 8,000 carefully labelled sentences.
+# minutes. The scenario: someone has trained a large model on 8,000 carefully labelled sentences.
 # You have that model and 1,000 other sentences, a fifth of them mislabelled.
 
 GLUE = "cola sst2 mrpc stsb qqp mnli qnli rte wnli".split()
@@ -745,8 +756,8 @@ def evaluate(model, data, tokenizer, task=None, precision="fp32", teacher_logits
 
 
 def score_all(model, sets, tokenizer, settings, teacher_logits={}):
-    """The metrics of all sets that are scored. Those of MNLI's second set end in _mismatched, and
-    those of further files go under "evaluation"."""
+    """The metrics of all sets except the training sets. Those of MNLI's second set end in
+    _mismatched, and those of further files go under "evaluation"."""
     found = {name: evaluate(model, sets[name], tokenizer, settings.task, settings.precision,
                             teacher_logits.get(name)) for name in sets if name not in UNSCORED}
     other = {f"{key}_mismatched": x for key, x in found.pop("validation_mismatched", {}).items()}
@@ -874,9 +885,9 @@ def run(settings):
     """From Settings to a student on disk; returns what metrics.json holds.
 
     The run's folder will also hold student/ and, if it was fine-tuned here, teacher/, ready for
-    transformers' pipeline. Until then, *.pt is the state after the last epoch. A resumed run
-    repeats these steps and reuses what it finds. Raises ValueError, OSError or FloatingPointError,
-    each with a message for the user.
+    transformers' pipeline. Until the run ends, *.pt holds the state after the last epoch. A resumed
+    run repeats these steps and reuses what it finds. Raises ValueError, OSError or
+    FloatingPointError, each with a message for the user.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -930,32 +941,32 @@ def run(settings):
               f"{settings.device}; results go to {folder}")
     save_json(folder / "metrics.json", results)
 
-    teacher_logits, table = {}, None               # assigned below, before after_epoch reads them
+    teacher_logits, teacher_outputs = {}, None     # assigned below, before after_epoch reads them
 
     def after_epoch(record, args, history, layers):
         """Adds the scores of an epoch to `record`, prints a line, and updates metrics.json. `args`:
-        what `score` needs of the model that is trained; `history`, `layers`: from `train`."""
-        scores, last = score_all(*args, settings, teacher_logits), history[-1]
-        last |= scores
+        the model that is trained, its sets and tokenizer; `history`, `layers`: from `train`."""
+        scores, entry = score_all(*args, settings, teacher_logits), history[-1]
+        entry |= scores
         record["epochs"] = history
         if layers is not None:
-            _, pooled = table(range(min(256, len(sets["train"]))), layers)
+            _, pooled = teacher_outputs(range(min(256, len(sets["train"]))), layers)
             t = F.normalize(rail.project(rail.teacher_proj, pooled), dim=-1)    # (B, k, u)
-            last["cosine"] = mean_cosine(t).item()
-        pairs = " ".join(f"{i}←{j}" for i, j in enumerate(last["layers"] or [], 1))
-        names = [name for name in ("ce", "kd", "rail", "cosine") if last.get(name)]  # not 0
-        numbers = "  ".join(f"{name} {last[name]:.3f}" for name in [*names, next(iter(scores))])
-        print(f"  epoch {last['epoch']:2}  {pairs}  {numbers}  "
-              f"{last['examples_per_second']:,.0f} examples/s")
+            entry["cosine"] = mean_cosine(t).item()
+        pairs = " ".join(f"{i}←{j}" for i, j in enumerate(entry["layers"] or [], 1))
+        names = [name for name in ("ce", "kd", "rail", "cosine") if entry.get(name)]  # not 0
+        numbers = "  ".join(f"{name} {entry[name]:.3f}" for name in [*names, next(iter(scores))])
+        print(f"  epoch {entry['epoch']:2}  {pairs}  {numbers}  "
+              f"{entry['examples_per_second']:,.0f} examples/s")
         save_json(folder / "metrics.json", results)
 
     # The teacher. One without a trained classifier is fine-tuned first, by the same loop.
     if not trained:
         print("The teacher has no trained classifier yet, so it is fine-tuned first:")
-        plan = dataclasses.replace(settings, mapping="finetune", weights=[1.0, 0.0, 0.0],
+        tuning = dataclasses.replace(settings, mapping="finetune", weights=[1.0, 0.0, 0.0],
                                    epochs=settings.teacher_epochs)
         data = teacher_sets.get("teacher_train", teacher_sets["train"])
-        train(Distiller(teacher, None, plan), data, tokenizer, plan, folder / "teacher.pt",
+        train(Distiller(teacher, None, tuning), data, tokenizer, tuning, folder / "teacher.pt",
               functools.partial(after_epoch, results["teacher"], teacher_args))
         save(folder / "teacher", lambda to: [x.save_pretrained(to) for x in (teacher, tokenizer)])
         print(f"It can be used again with --teacher {shlex.quote(str(folder / 'teacher'))}")
@@ -972,11 +983,12 @@ def run(settings):
 
     # The student: first the table of the teacher's outputs, then the same loop.
     if settings.mapping != "finetune":
-        place = Path(source) if os.access(source, os.W_OK) else folder
-        table = teacher_table(teacher, teacher_sets["train"], tokenizer, settings, place)
+        parent = Path(source) if os.access(source, os.W_OK) else folder
+        teacher_outputs = teacher_table(teacher, teacher_sets["train"], tokenizer, settings, parent)
     print("The student learns:")
     train(Distiller(student, rail, settings), student_sets["train"], student_tokenizer, settings,
-          folder / "student.pt", functools.partial(after_epoch, results, student_args), table, n)
+          folder / "student.pt", functools.partial(after_epoch, results, student_args),
+          teacher_outputs, n)
     results["student"] |= score_all(*student_args, settings, teacher_logits)
     results["student"] |= measure_costs(*student_args, settings)
     results["evaluation"] = {
@@ -984,8 +996,8 @@ def run(settings):
         for path in settings.eval_file}
     save_json(folder / "metrics.json", results)
     # Saved last, because it marks the run as finished. A pipeline needs model and tokenizer.
-    parts = student, student_tokenizer
-    save(folder / "student", lambda to: [x.save_pretrained(to) for x in parts])
+    save(folder / "student",
+         lambda to: [x.save_pretrained(to) for x in (student, student_tokenizer)])
     metric = next(iter(results["student"]))
     print(f"\n         layers  parameters  megabytes  ms per sentence  {metric}")
     for role in ("teacher", "student"):
@@ -1003,7 +1015,7 @@ def run(settings):
 
 @contextlib.contextmanager
 def one_line_error(what, error_type=ValueError):
-    """Turns any error inside into one line: what can't be done, and why."""
+    """Re-raises any error in the block as a one-line message: what can't be done, and why."""
     try:
         yield
     except Exception as error:
@@ -1015,6 +1027,11 @@ def rank_and_world():
     """(rank, world): (0, 1) for one process."""
     group = torch.distributed
     return (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
+
+
+def progress(items, text):
+    """A progress bar, only on a terminal (None), and only in the first process."""
+    return tqdm(items, text, leave=False, disable=rank_and_world()[0] > 0 or None)
 
 
 def own_rows(rows):
@@ -1059,8 +1076,15 @@ def save_json(path, content):
     save(path, lambda part: part.write_text(json.dumps(content, indent=2, allow_nan=False)))
 
 
+def save_state(file, parts, data_id, history):
+    """Saves what a killed run needs in order to resume. `data_id`: see `fingerprint`."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"history": history, "data": data_id}
+    save(file, lambda part: torch.save(state, part))
+
+
 def load_state(file, parts, data_id):
-    """Restores `parts` from the state that `train` saved in `file`, if any; returns the history."""
+    """Restores `parts` from what `save_state` saved in `file`, if anything; returns the history."""
     if not file.exists():
         return []
     with one_line_error(f"{file} does not belong to this run: delete it to train from scratch"):
@@ -1074,8 +1098,8 @@ def load_state(file, parts, data_id):
 
 
 def load_run(settings):
-    """(settings, metrics.json) of the run in `settings.resume`. Raises ValueError for other flags
-    beside it, except for device and precision."""
+    """(settings, metrics.json) of the run in `settings.resume`. Raises ValueError if any other flag
+    is given, except device and precision."""
     given = {name: getattr(settings, name) for name in ("resume", "device", "precision")}
     if settings != Settings(**given):
         raise ValueError("--resume takes no other flags than --device and --precision")
