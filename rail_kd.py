@@ -81,9 +81,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 #   the means agree: student layer 1's most likely partner is teacher layer 1, and 3, 6, 9 is just
 #   one of 165 equally likely maps.
 #
-#   Nearly every layer gets to teach, although each step compares only k pairs. For 12 -> 4, the
-#   probability that a given layer sits out is 1 - k/(n-1) = 72.7 % for one epoch, 20.3 % for five
-#   in a row, and 4.1 % for ten.
+#   Over a run, nearly every layer gets to teach, although each step compares only k pairs. For
+#   12 -> 4, the probability that a given layer sits out is 1 - k/(n-1) = 72.7 % for one epoch,
+#   20.3 % for five in a row, and 4.1 % for ten.
 
 
 def sample_layer_map(num_teacher_layers, num_student_layers, rng):
@@ -115,7 +115,7 @@ def choose_layers(settings, n, m, epoch, step=0):
         # A fresh generator for each draw: a resumed run must draw the same layers.
         key = [settings.seed, epoch, step if settings.resample == "step" else 0]
         return sample_layer_map(n, m, np.random.default_rng(key))
-    i = np.arange(1, m)                            # np.rint: ties round to even
+    i = np.arange(1, m)                            # below: np.rint rounds as build_student does
     maps = {"skip": np.rint(i * n / m).astype(int), "last": n - m + i, "attention": np.arange(1, n)}
     return maps.get(settings.mapping)              # none, finetune: None
 
@@ -129,12 +129,12 @@ def choose_layers(settings, n, m, epoch, step=0):
 # For unit vectors, || s - t ||^2 = 2 - 2 cos(s, t): 0 for equal directions, 4 for opposite ones.
 #
 # The trivial solution. Both projections are trained too, and they alone can lower the loss, by
-# mapping every sentence to the same direction. The student then learns nothing.
+# mapping every sentence to the same direction. RAIL then teaches the student nothing.
 #
 # How to see it. The loss alone does not show this, so each epoch also reports `cosine`, c: the mean
 # cosine between *different* sentences after the teacher's projection. Their mean has a length of
 # about sqrt(c), so a student that outputs its direction for every sentence has a loss of about
-# 2 - 2 sqrt(c). Only a loss clearly below that shows that the student tells sentences apart.
+# 2 - 2 sqrt(c). Only a loss clearly below that shows that its vectors vary with the teacher's.
 #
 # What --centre does. It subtracts the batch mean from each side before normalisation, which removes
 # the direction that all sentences share. It improved the score on the toy, but not on real text.
@@ -292,8 +292,8 @@ class Distiller(nn.Module):
 
     def forward(self, batch, teacher_logits=None, teacher_pooled=None):
         """CE, KD, RAIL and their weighted sum, (4,). batch: {input_ids (B, S), ..., labels (B,)};
-        the teacher's outputs for it: logits (B, C), the map's layers (B, k, d_t). A loss without
-        its inputs (KD: teacher logits, RAIL: projections) is 0."""
+        the teacher's outputs for it: logits (B, C), the map's layers (B, k or n-1, d_t). A loss
+        without its inputs (KD: teacher logits, RAIL: projections) is 0."""
         use_rail, precision = self.rail_loss is not None, self.settings.precision
         logits, pooled = model_outputs(self.student, batch, precision, use_rail)
         ce = label_loss(logits, batch["labels"])
@@ -310,9 +310,9 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
     `teacher_outputs(rows, layers)` gives the logits (B, C) and pooled layers (B, k, d_t) of a
     teacher of n layers, see section 4; without it, the model learns from the labels alone, as the
     teacher does when it is fine-tuned. `after_epoch(history, layers)` may add scores to the last
-    dict. All randomness comes from (seed, epoch), and the state is saved after each epoch: a killed
-    run resumes after its last full epoch, on a CPU bit for bit. Raises FloatingPointError for a
-    loss that is not finite, ValueError if `state_file` was saved with other data."""
+    dict. All randomness comes from seed and epoch, and the state is saved after each epoch: a
+    killed run resumes after its last full epoch, on a CPU bit for bit. Raises FloatingPointError
+    for a loss that is not finite, ValueError if `state_file` was saved with other data."""
     (rank, world), student = rank_and_world(), distiller.student
     m, lengths = student.config.num_hidden_layers, lengths_of(data)
     steps = math.ceil(len(data) / settings.batch_size) * settings.epochs
@@ -338,7 +338,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
             batch = make_batch(data, tokenizer, own, student.device)
             targets = () if teacher_outputs is None else teacher_outputs(own, layers)
             losses = model(batch, *targets)                                     # (4,)
-            # losses[3] is the total. DDP averages the gradients; the factor `world` makes it a sum.
+            # losses[3] is the total. DDP averages the gradients; `world` turns the mean into a sum.
             scaler.scale(losses[3] * share * world).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -348,8 +348,8 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
         # Summing waits for the device, so the clock is read afterwards.
         ce, kd, rail, total = sum_over_processes(sums, f"the loss of epoch {epoch}").tolist()
         seconds = time.perf_counter() - start
-        many = layers is None or settings.mapping == "attention" or settings.resample == "step"
-        history.append({"epoch": epoch, "layers": None if many else layers.tolist(),
+        no_map = layers is None or settings.mapping == "attention" or settings.resample == "step"
+        history.append({"epoch": epoch, "layers": None if no_map else layers.tolist(),
                         "seconds": seconds, "examples_per_second": len(data) / seconds,
                         "ce": ce, "kd": kd, "rail": rail, "total": total})
         after_epoch(history, layers)
@@ -358,7 +358,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
 
 
 def make_optimizer(distiller, settings, steps):
-    """(AdamW, its schedule of learning rates over `steps` steps, the scaler of the loss)."""
+    """(AdamW, its schedule of learning rates over `steps` steps, the loss scaler)."""
     groups = [{"params": distiller.student.parameters(), "lr": settings.learning_rate}]
     if distiller.rail_loss:        # initialised at random, so they may need their own learning rate
         rate = settings.projection_learning_rate or settings.learning_rate
@@ -392,11 +392,11 @@ def model_outputs(model, batch, precision="fp32", pool=False):
 
 
 # ---- 4. The teacher's outputs ------------------------------------------------------------------
-# RAIL-KD needs only the teacher's logits and one pooled vector per layer. So it runs over the
-# training data once, and the loop looks its outputs up. A step costs about as much as three forward
-# passes of the student (the backward pass counts as two). A live teacher, n/m times as deep, would
-# add the equivalent of n/m more to every step. Since only sentence vectors are compared, student
-# and teacher may differ in width, architecture and even tokenizer.
+# RAIL-KD needs only the teacher's logits and one pooled vector per layer, so they fit in a table.
+# A step then costs about as much as three forward passes of the student (the backward pass counts
+# as two). A live teacher, n/m times as deep, would add about n/m forward passes of the student to
+# every step. Since only sentence vectors are compared, student and teacher may differ in width,
+# architecture and even tokenizer.
 
 
 def make_batch(data, tokenizer, rows, device):
@@ -428,7 +428,8 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
 
     The layers are kept in half precision, in a memory-mapped file: 19 GB for MNLI with 24 layers of
     width 1024. A table that an earlier run left in the folder `parent` is reused; its name is a
-    hash of all that it is made from. Raises ValueError if the disk has too little space."""
+    hash of the model, the sentences and what else shapes the outputs. Raises ValueError if the disk
+    has too little space."""
     # Labels are left out, so that the same sentences with other labels can share a table.
     name = fingerprint(data.remove_columns("label"), str(teacher.config), tokenizer.padding_side,
                        settings.precision, mean_pool.__code__, model_outputs.__code__,
@@ -587,9 +588,9 @@ def toy_sentences(seed, sizes):
 
     "Although the plot is very clever, the acting is hardly moving" is negative: what counts is the
     clause without "although", or the one after "but" or "yet". Word order tells which clause that
-    is, and a negation flips it, so word counts say little. Sentences of one clause are a stepping
-    stone for a deep model that starts from random weights. No sentence occurs twice, and all depend
-    on the seed alone.
+    is, and a negation flips its meaning, so word counts say little. Sentences of one clause are a
+    stepping stone for a deep model that starts from random weights. No sentence occurs twice, and
+    all depend on the seed and the sizes alone.
     """
     rng, label_of = np.random.default_rng([seed, 0x7071]), {}    # sentence -> label
     while len(label_of) < sum(sizes):
@@ -703,7 +704,8 @@ def lengths_of(data):
 
 def length_batches(lengths, batch_size, seed):
     """Row numbers in batches of similar length, in random order; each row is in exactly one. A
-    sentence is padded to the longest of its batch; 25 tokens in 128 would be four fifths waste."""
+    sentence is padded to the longest of its batch: to pad 25 tokens to 128 would waste four fifths
+    of the work."""
     generator = torch.Generator().manual_seed(seed)
     order = get_length_grouped_indices(lengths, batch_size, generator=generator)
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
@@ -784,7 +786,7 @@ def warn_of_weak_teacher(logits, labels):
         guessing = 1 - np.bincount(labels).max() / len(labels)
     if error >= guessing:
         print(f"\n!!! The teacher's error is {error:.3g}; guessing gives {guessing:.3g}. "
-              "It is weak, or its labels mean something else.\n")
+              "It is weak, or its labels are in another order.\n")
 
 
 # ---- 8. Settings -------------------------------------------------------------------------------
@@ -804,10 +806,10 @@ class Settings:
     train_file: str | None = option(None, "CSV or JSON Lines: sentence, label, perhaps sentence2.")
     validation_file: str | None = option(None, "Your validation data, same columns.")
     eval_file: list[str] = option(list, "Further files to score, such as text of another domain.")
-    max_train_examples: int | None = option(None, "How many to draw at random (toy: to make).")
+    max_train_examples: int | None = option(None, "Training examples to sample (toy: to generate).")
     max_length: int = option(128, "Cut longer inputs to this many tokens.")
     teacher: str | None = option(None, "Folder or hub name (default: BERT-base, or the toy's).")
-    teacher_epochs: int | None = option(None, "To fine-tune it, if needed (default: 3, toy 5).")
+    teacher_epochs: int | None = option(None, "Epochs to fine-tune it, if needed (3; toy 5).")
     student_layers: int | None = option(None, "Layers to keep from the teacher (default: a third).")
     student: str | None = option(None, "Folder or hub name of another student, instead.")
     mapping: Literal["random", "skip", "last", "attention", "none", "finetune"] = option(
@@ -824,12 +826,12 @@ class Settings:
     learning_rate: float | None = option(None, "Peak rate of AdamW (default: 5e-5, toy 5e-4).")
     seed: int = option(0, "The seed of everything random.")
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: CUDA, MPS or CPU.")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "auto: half (CUDA), fp32.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "auto: half on CUDA.")
     output_dir: str | None = option(None, "New folder for the results (default: one in runs/).")
-    resume: str | None = option(None, "Folder of a run to finish; may add device, precision.")
+    resume: str | None = option(None, "Folder of a run to finish; takes device, precision.")
 
     def resolve(self):
-        """A copy with all defaults filled in and all values checked. Raises ValueError."""
+        """A copy with its values checked and defaults filled in. Raises ValueError."""
         for name, value in vars(self).items():
             low, flag = {"seed": -1, "max_length": 3}.get(name, 0), name.replace("_", "-")
             if value in ("", [""]):
@@ -951,7 +953,7 @@ def run(settings):
         record["epochs"] = history
         if layers is not None:
             _, pooled = teacher_outputs(range(min(256, len(sets["train"]))), layers)
-            t = F.normalize(rail.project(rail.teacher_proj, pooled), dim=-1)    # (B, k, u)
+            t = F.normalize(rail.project(rail.teacher_proj, pooled), dim=-1)
             entry["cosine"] = mean_cosine(t).item()
         pairs = " ".join(f"{i}←{j}" for i, j in enumerate(entry["layers"] or [], 1))
         names = [name for name in ("ce", "kd", "rail", "cosine") if entry.get(name)]  # not 0
@@ -1030,13 +1032,13 @@ def rank_and_world():
 
 
 def progress(items, text):
-    """A progress bar, only on a terminal (None), and only in the first process."""
+    """A progress bar, shown by the first process only, and only on a terminal (tqdm: None)."""
     return tqdm(items, text, leave=False, disable=rank_and_world()[0] > 0 or None)
 
 
 def own_rows(rows):
     """This process's rows of a batch, and their share of it. A process left without rows takes the
-    first one, with share 0, since all processes must take every step."""
+    batch's first one, with share 0, because every process must take part in every step."""
     rank, world = rank_and_world()
     own = rows[rank::world]
     return own or rows[:1], len(own) / len(rows)
