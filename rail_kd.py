@@ -29,7 +29,7 @@ The toy run ends with:
     teacher      12     413,122        1.7             3.80  1.0000
     student       4     145,346        0.6             1.37  0.9930
 
-Seed 0, shown above, was lucky. Mean +- standard deviation over ten seeds with the same teacher:
+Seed 0 did better than most. Mean accuracy +- standard deviation over ten seeds with one teacher:
 labels alone (--mapping finetune) 0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028,
 RAIL-KD 0.963 +- 0.029, RAIL-KD with --centre (subtract the batch mean first) 0.987 +- 0.019. In
 none of our tests did RAIL-KD without --centre beat vanilla KD; see the README.
@@ -54,9 +54,14 @@ and two public re-implementations (aitsc/GLMKD, TKC002/CILDA-plus-minILD). Origi
 
 Notation: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
-width of the projections, T the temperature. Sections 1 to 3 (draw, losses, loop) are the method:
-300 lines for one sitting. The rest supports it: 4 the teacher's outputs, 5 models, 6 data,
-7 scores, 8 settings, 9 the whole job, 10 files and command line. SOLUTION marks exercises (README).
+width of the projections, T the temperature. What stands between SOLUTION marks is an exercise
+(README). Sections 1 to 3 are the method: 300 lines for one sitting. Who calls whom, by section:
+
+    10 main > 9 run > 4 teacher_table                                        once
+                    > 3 train > 1 choose_layers > 1 sample_layer_map         in each epoch
+                              > 3 Distiller     > 2 kd_loss, 2 RailLoss      in each step
+
+The other sections are support: 5 models, 6 data, 7 scores, 8 settings.
 """
 import argparse, contextlib, copy, csv, dataclasses, functools, inspect, json, math
 import os, re, shlex, shutil, sys, time, timeit
@@ -106,18 +111,23 @@ def sample_layer_map(num_teacher_layers, num_student_layers, rng):
     ### END SOLUTION
 
 
+def evenly_spaced(n, m):
+    """m of the layers 1..n, evenly spaced; the last one is n."""
+    return [round(i * n / m) for i in range(1, m + 1)]
+
+
 def choose_layers(settings, n, m, epoch, step=0):
-    """The teacher layers of an epoch for `settings.mapping`: int array (k,) or (n-1,), or None.
-    Only the maps are taken from other methods: `skip` and `last` from PKD (Sun et al. 2019), and
-    `attention`, where all n-1 candidates teach each student layer, from ALP-KD (Passban et al.
-    2021). Pooling, projections and loss are those of RAIL-KD."""
+    """The teacher layers of an epoch: int array (k,), or (n-1,) for the mapping `attention`; None
+    for `none` and `finetune`. Only the maps are taken from other methods: `skip` and `last` from
+    PKD (Sun et al. 2019), and `attention`, where all n-1 candidates teach each student layer, from
+    ALP-KD (Passban et al. 2021). Pooling, projections and loss are those of RAIL-KD."""
     if settings.mapping == "random":
-        # A fresh generator for each draw: a resumed run must draw the same layers.
+        # Seeded by the epoch, not by what was drawn before: a resumed run draws the same layers.
         key = [settings.seed, epoch, step if settings.resample == "step" else 0]
         return sample_layer_map(n, m, np.random.default_rng(key))
-    i = np.arange(1, m)                            # below: np.rint rounds as build_student does
-    maps = {"skip": np.rint(i * n / m).astype(int), "last": n - m + i, "attention": np.arange(1, n)}
-    return maps.get(settings.mapping)              # none, finetune: None
+    maps = {"skip": np.array(evenly_spaced(n, m)[:-1]), "last": np.arange(n - m + 1, n),
+            "attention": np.arange(1, n)}
+    return maps.get(settings.mapping)
 
 
 # ---- 2. The losses -----------------------------------------------------------------------------
@@ -128,13 +138,13 @@ def choose_layers(settings, n, m, epoch, step=0):
 #
 # For unit vectors, || s - t ||^2 = 2 - 2 cos(s, t): 0 for equal directions, 4 for opposite ones.
 #
-# The trivial solution. Both projections are trained too, and they alone can lower the loss, by
-# mapping every sentence to the same direction. RAIL then teaches the student nothing.
+# The trivial solution. The projections are trained as well, and they can lower the loss on their
+# own, by mapping every sentence to the same direction. RAIL then teaches the student nothing.
 #
 # How to see it. The loss alone does not show this, so each epoch also reports `cosine`, c: the mean
 # cosine between *different* sentences after the teacher's projection. Their mean has a length of
 # about sqrt(c), so a student that outputs its direction for every sentence has a loss of about
-# 2 - 2 sqrt(c). Only a loss clearly below that shows that its vectors vary with the teacher's.
+# 2 - 2 sqrt(c). Only a clearly lower loss shows that it follows the teacher sentence by sentence.
 #
 # What --centre does. It subtracts the batch mean from each side before normalisation, which removes
 # the direction that all sentences share. It improved the score on the toy, but not on real text.
@@ -143,8 +153,8 @@ def choose_layers(settings, n, m, epoch, step=0):
 def mean_pool(hidden_states, attention_mask):
     """One vector per sentence: the mean of a layer's output over the real tokens.
 
-    Padding is ignored whatever it contains, NaN included; otherwise the loss of a sentence would
-    depend on how long its neighbours in the batch are.
+    Padding is left out, whatever it contains. Otherwise the vector of a sentence would depend on
+    the longest sentence of its batch.
 
     Args: hidden_states (B, S, d), any float type; attention_mask (B, S), any type: 1 for a real
         token, 0 for padding.
@@ -169,8 +179,8 @@ class RailLoss(nn.Module):
     student layer. The projections are trained with the student and discarded afterwards.
 
     Args: teacher_dim, student_dim, num_pairs, projection_size: d_t, d_s, k, u; centre: whether to
-        subtract the batch mean from both sides (the loss of a batch of one is then 0; with several
-        processes, each centres its own part).
+        subtract the batch mean from both sides. A batch of one then has a loss of 0. Each of
+        several processes centres its own rows.
     Raises: ValueError for an unknown variant, or a size below 1."""
 
     def __init__(self, teacher_dim, student_dim, num_pairs, variant="layerwise",
@@ -182,7 +192,6 @@ class RailLoss(nn.Module):
             raise ValueError("widths, number of pairs and projection size must be at least 1")
         self.num_pairs, self.variant, self.centre = num_pairs, variant, centre
         layers_joined = num_pairs if variant == "concat" else 1
-        # As attributes: in a plain list they would not be moved to the GPU, trained or saved.
         self.teacher_proj = nn.Linear(layers_joined * teacher_dim, projection_size)
         self.student_proj = nn.Linear(layers_joined * student_dim, projection_size)
 
@@ -192,7 +201,7 @@ class RailLoss(nn.Module):
         return vectors - vectors.mean(dim=0) if self.centre else vectors
 
     def forward(self, student_pooled, teacher_pooled):
-        """Mean squared distance of the projected unit vectors, over pairs and batch: in [0, 4].
+        """Squared distance of the projected unit vectors, mean over pairs and batch: in [0, 4].
 
         Both sides go through `self.project`, each with its own projection, and are then divided by
         their L2 norm (zero vectors stay zero). Layer-wise, layer i is compared with layer i of the
@@ -207,8 +216,8 @@ class RailLoss(nn.Module):
         ### BEGIN SOLUTION
         B, k = len(student_pooled), self.num_pairs
         # With attention there are no pairs: the teacher's side may have any number of layers.
-        teacher_k = teacher_pooled.shape[1] if self.variant == "attention" else k
-        if student_pooled.shape[1] != k or teacher_pooled.shape[:2] != (B, teacher_k):
+        expected = teacher_pooled.shape[1] if self.variant == "attention" else k
+        if student_pooled.shape[1] != k or teacher_pooled.shape[:2] != (B, expected):
             raise ValueError(f"student {student_pooled.shape} and teacher {teacher_pooled.shape} "
                              f"do not make {k} pairs of layers for each sentence")
         s = self.project(self.student_proj, student_pooled)            # (B, k, u); concat: (B, u)
@@ -230,8 +239,8 @@ def mean_cosine(vectors):
 def kd_loss(student_logits, teacher_logits, temperature):
     """T^2 * KL(softmax(z_t / T) || softmax(z_s / T)), batch mean, a scalar (Hinton et al. 2015).
 
-    A higher T reveals more of how the teacher ranks the wrong classes. The gradient of the
-    softened KL shrinks as 1/T^2; the factor T^2 makes up for that. For regression, (B, 1): the
+    A higher T shows more of how the teacher ranks the wrong classes. The gradient of the softened
+    KL shrinks as 1/T^2, for large T; the factor T^2 makes up for that. For regression, (B, 1): the
     mean squared error. No gradient flows into `teacher_logits`.
 
     Args: student_logits, teacher_logits (B, C); temperature T > 0, finite (checked even for
@@ -269,18 +278,11 @@ def combined_loss(ce, kd, rail, weights):
 
 # ---- 3. One step, and the loop -----------------------------------------------------------------
 # The frozen teacher gives the same outputs for a sentence in every epoch, so it runs only once,
-# before the loop (section 4), and `teacher_outputs(rows, layers)` looks its outputs up. Who calls
-# whom, from the command line to the loss, once settings, models and data are ready:
-#
-#   main > run > teacher_table                                   the teacher's outputs, once
-#              > train   > choose_layers > sample_layer_map      in each epoch
-#                        > Distiller     > kd_loss, RailLoss     in each step
-#
-# Helpers further down:
-#
-#   model_outputs   logits, pooled layers    lengths_of, length_batches: all rows, in batches
-#   label_loss      CE                       fingerprint, load_state, save_state: to resume
-#   make_batch      rows, padded             rank_and_world, own_rows, sum_over_processes: more GPUs
+# before the loop (section 4), and `teacher_outputs(rows, layers)` looks its outputs up. Functions
+# used here and defined further down:
+#   model_outputs   logits and pooled layers    length_batches  all rows, in batches
+#   label_loss      CE                          load_state, save_state, fingerprint   to resume
+#   make_batch      rows, padded                rank_and_world, own_rows   for several GPUs
 
 
 class Distiller(nn.Module):
@@ -292,10 +294,10 @@ class Distiller(nn.Module):
 
     def forward(self, batch, teacher_logits=None, teacher_pooled=None):
         """CE, KD, RAIL and their weighted sum, (4,). batch: {input_ids (B, S), ..., labels (B,)};
-        the teacher's outputs for it: logits (B, C), the map's layers (B, k or n-1, d_t). A loss
-        without its inputs (KD: teacher logits, RAIL: projections) is 0."""
-        use_rail, precision = self.rail_loss is not None, self.settings.precision
-        logits, pooled = model_outputs(self.student, batch, precision, use_rail)
+        the teacher's outputs for it: logits (B, C), the map's layers (B, k or n-1, d_t). KD is 0
+        without teacher logits, and RAIL without projections."""
+        use_rail = self.rail_loss is not None
+        logits, pooled = model_outputs(self.student, batch, self.settings.precision, use_rail)
         ce = label_loss(logits, batch["labels"])
         kd = rail = torch.zeros_like(ce)
         if teacher_logits is not None:
@@ -310,46 +312,47 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
     `teacher_outputs(rows, layers)` gives the logits (B, C) and pooled layers (B, k, d_t) of a
     teacher of n layers, see section 4; without it, the model learns from the labels alone, as the
     teacher does when it is fine-tuned. `after_epoch(history, layers)` may add scores to the last
-    dict. All randomness comes from seed and epoch, and the state is saved after each epoch: a
+    dict. Randomness depends only on seed and epoch, and the state is saved after each epoch: a
     killed run resumes after its last full epoch, on a CPU bit for bit. Raises FloatingPointError
     for a loss that is not finite, ValueError if `state_file` was saved with other data."""
-    (rank, world), student = rank_and_world(), distiller.student
-    m, lengths = student.config.num_hidden_layers, lengths_of(data)
+    rank, world = rank_and_world()
+    student = distiller.student
     steps = math.ceil(len(data) / settings.batch_size) * settings.epochs
     optimizer, schedule, scaler = make_optimizer(distiller, settings, steps)
     parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     data_id = fingerprint(data)
     history = load_state(state_file, parts, data_id)
-    model = distiller
+    model, m = distiller, student.config.num_hidden_layers
     if world > 1:                          # some models, such as XLNet, have unused weights
         model = nn.parallel.DistributedDataParallel(distiller, find_unused_parameters=True)
 
     for epoch in range(len(history) + 1, settings.epochs + 1):
-        start, sums = time.perf_counter(), torch.zeros(4, device=student.device)
+        start = time.perf_counter()
+        sums = torch.zeros(4, device=student.device)
         layers = choose_layers(settings, n, m, epoch)                           # the draw: (k,)
         seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
         torch.manual_seed(seed + rank)                                          # for dropout
         distiller.train()
-        batches = length_batches(lengths, settings.batch_size, seed)
+        batches = length_batches(lengths_of(data), settings.batch_size, seed)
         for step, rows in enumerate(progress(batches, f"epoch {epoch}")):
             if settings.resample == "step":
                 layers = choose_layers(settings, n, m, epoch, step)
             own, share = own_rows(rows)            # one process: all rows, and 1
             batch = make_batch(data, tokenizer, own, student.device)
-            targets = () if teacher_outputs is None else teacher_outputs(own, layers)
-            losses = model(batch, *targets)                                     # (4,)
-            # losses[3] is the total. DDP averages the gradients; `world` turns the mean into a sum.
+            teacher_side = () if teacher_outputs is None else teacher_outputs(own, layers)
+            losses = model(batch, *teacher_side)                                # (4,)
+            # losses[3] is the total. DDP averages gradients over processes; `world` sums them.
             scaler.scale(losses[3] * share * world).backward()
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
             optimizer.zero_grad()
             sums += losses.detach() * share * len(rows) / len(data)    # stays on the device
-        # Summing waits for the device, so the clock is read afterwards.
+        # Reading the sums waits for the device, so the clock is read afterwards.
         ce, kd, rail, total = sum_over_processes(sums, f"the loss of epoch {epoch}").tolist()
         seconds = time.perf_counter() - start
-        no_map = layers is None or settings.mapping == "attention" or settings.resample == "step"
-        history.append({"epoch": epoch, "layers": None if no_map else layers.tolist(),
+        one_map = settings.mapping in ("random", "skip", "last") and settings.resample == "epoch"
+        history.append({"epoch": epoch, "layers": layers.tolist() if one_map else None,
                         "seconds": seconds, "examples_per_second": len(data) / seconds,
                         "ce": ce, "kd": kd, "rail": rail, "total": total})
         after_epoch(history, layers)
@@ -360,13 +363,13 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
 def make_optimizer(distiller, settings, steps):
     """(AdamW, its schedule of learning rates over `steps` steps, the loss scaler)."""
     groups = [{"params": distiller.student.parameters(), "lr": settings.learning_rate}]
-    if distiller.rail_loss:        # initialised at random, so they may need their own learning rate
+    if distiller.rail_loss:        # projections start at random: they may need their own rate
         rate = settings.projection_learning_rate or settings.learning_rate
         groups.append({"params": distiller.rail_loss.parameters(), "lr": rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     # Warm-up for a tenth of the steps, then linearly down to 0.
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    # In fp16, small gradients become 0: the loss is scaled up first, and the gradients down after.
+    # In fp16, small gradients round to 0, so the loss is scaled up and the gradients down again.
     device = distiller.student.device.type
     return optimizer, schedule, torch.amp.GradScaler(device, enabled=settings.precision == "fp16")
 
@@ -382,7 +385,7 @@ def model_outputs(model, batch, precision="fp32", pool=False):
     """Logits (B, C), and with `pool` the pooled layers 1..n (B, n, d), else None; in float32."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     with torch.autocast(model.device.type, dtype, enabled=precision != "fp32"):
-        # Without the labels: the losses are computed here, not by the model.
+        # Without labels: the model must not compute a loss of its own.
         out = model(**dict(batch, labels=None), output_hidden_states=pool)
     if not pool:
         return out.logits.float(), None
@@ -391,12 +394,15 @@ def model_outputs(model, batch, precision="fp32", pool=False):
     return out.logits.float(), torch.stack(pooled, dim=1)
 
 
+# ==== The method ends here. The rest is support: on a first reading, stop. =======================
+
+
 # ---- 4. The teacher's outputs ------------------------------------------------------------------
-# RAIL-KD needs only the teacher's logits and one pooled vector per layer, so they fit in a table.
-# A step then costs about as much as three forward passes of the student (the backward pass counts
-# as two). A live teacher, n/m times as deep, would add about n/m forward passes of the student to
-# every step. Since only sentence vectors are compared, student and teacher may differ in width,
-# architecture and even tokenizer.
+# For each sentence, RAIL-KD needs the teacher's logits and one pooled vector per layer. These are
+# small enough to store, so the teacher runs only once. A step then costs about as much as three
+# forward passes of the student (the backward pass counts as two). A live teacher, n/m times as
+# deep, would add about n/m forward passes of the student to every step. Since only sentence vectors
+# are compared, student and teacher may differ in width, architecture and even tokenizer.
 
 
 def make_batch(data, tokenizer, rows, device):
@@ -444,7 +450,7 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
     if not done:
         print(f"The teacher runs once; {2e-6 * size:,.1f} MB of outputs go to {folder}")
         logits = torch.from_numpy(predict(teacher, data, tokenizer, settings.precision, pooled))
-        save(folder / "logits.pt", lambda part: torch.save(logits, part))
+        save(folder / "logits.pt", lambda temporary: torch.save(logits, temporary))
     logits = torch.load(folder / "logits.pt", weights_only=True)
 
     def teacher_outputs(rows, layers):             # layers is None if there is no RAIL
@@ -457,8 +463,8 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
 
 # ---- 5. Teacher and student --------------------------------------------------------------------
 # Any encoder that transformers offers as a sequence classifier can be the teacher. The student is
-# cut from it, or is another model. Cut from 12 to 4 layers, BERT-base goes from 109 to 53 million
-# parameters, of which 24 million are the embeddings.
+# cut from it, unless you name another model. Cut from 12 to 4 layers, BERT-base goes from 109 to 53
+# million parameters, of which 24 million are the embeddings.
 
 
 def toy_teacher(seed, num_layers=12):
@@ -476,18 +482,17 @@ def toy_teacher(seed, num_layers=12):
 
 
 def load_classifier(name, feature, seed, role):
-    """(model, tokenizer, trained) from a hub name or a folder, with one output for each class of
-    the data (one for regression). A checkpoint without a classifier gets a random one, drawn from
-    the seed, and `trained` is False. So does a student that was trained for another number of
-    classes; for a teacher, that is an error. `role` is "teacher" or "student", `feature` the type
-    of the label column; if `name` is None, the model is the toy's teacher. Raises ValueError if no
-    suitable model can be loaded.
-    """
+    """(model, tokenizer, trained) from a hub name or a folder, or the toy's teacher if `name` is
+    None. The model has one output for each class of the data (one for regression), whose label
+    column is of the type `feature`. A checkpoint without a classifier gets a random one, drawn from
+    the seed, and `trained` is False. So does a student (`role`) that was trained for another number
+    of classes; for a teacher, that is an error. Raises ValueError if no suitable model can be
+    loaded."""
     if name is None:
         return *toy_teacher(seed), False
     torch.manual_seed(seed)
     with one_line_error(f"no {role} that fits the data can be loaded from {name!r}"):
-        # No code from the hub runs, and weight files contain none: safetensors, or weights_only.
+        # Nothing from the hub can run here, neither its code nor a pickle (weights_only is used).
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=getattr(feature, "num_classes", 1), ignore_mismatched_sizes=True,
@@ -505,20 +510,22 @@ def load_classifier(name, feature, seed, role):
 
 def align_labels(model, feature):
     """Gives a model the data's label names, in place, and puts its logits in the data's order.
-    MNLI checkpoints on the hub number the classes differently from GLUE. A student of such a
-    teacher would silently learn the wrong classes. If the model has the data's names in another
+    Some MNLI checkpoints number the classes differently from GLUE. A student of such a teacher
+    would silently learn the wrong ones. If the model has the data's names in another
     order, perhaps in another case, the rows of its last linear layer are reordered. Any other names
     (LABEL_0) are replaced, and the order is kept. For regression, the name is kept."""
     config, names = model.config, getattr(feature, "names", list(model.config.id2label.values()))
     # Letter case is ignored, unless two classes differ in nothing else.
     fold = str.lower if len(set(map(str.lower, names))) == len(names) else str
-    wanted, old = list(map(fold, names)), [fold(config.id2label[i]) for i in range(len(names))]
+    wanted = [fold(name) for name in names]
+    old = [fold(config.id2label[i]) for i in range(len(names))]
     if old != wanted and sorted(old) == sorted(wanted):        # the same names, in another order
         order = [old.index(name) for name in wanted]
         head = [x for x in model.modules() if getattr(x, "out_features", 0) == len(names)][-1]
         head.load_state_dict({key: x[order] for key, x in head.state_dict().items()})
     config.problem_type = "single_label_classification" if len(names) > 1 else "regression"
-    config.id2label, config.label2id = dict(enumerate(names)), {x: i for i, x in enumerate(names)}
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in enumerate(names)}
 
 
 def build_student(teacher, num_layers):
@@ -530,9 +537,9 @@ def build_student(teacher, num_layers):
     n, cut = teacher.config.num_hidden_layers, copy.deepcopy(teacher)
     if not 1 <= num_layers <= n:
         raise ValueError(f"{num_layers} layers can't be cut from a teacher of {n}: choose 1 to {n}")
-    kept = [round(i * n / num_layers) - 1 for i in range(1, num_layers + 1)]   # counted from 0
+    kept = [layer - 1 for layer in evenly_spaced(n, num_layers)]               # counted from 0
     kind = type(teacher).__name__
-    with one_line_error(f"a {kind} can't be cut: name another model as the student"):
+    with one_line_error(f"{kind} can't be cut: name another model as the student"):
         cut.config.num_hidden_layers = num_layers
         if getattr(cut.config, "layer_types", None):           # each layer keeps its type
             cut.config.layer_types = [cut.config.layer_types[i] for i in kept]
@@ -611,13 +618,13 @@ def toy_sentences(seed, sizes):
 def read_file(path, train=None):
     """A CSV or JSON Lines file -> Dataset with sentence1, perhaps sentence2, and label.
 
-    Names or whole numbers become classes, in sorted order; a single decimal makes it regression.
+    Names or whole numbers become classes, in sorted order; one decimal makes it regression.
     Later files must have the columns of `train`, and its labels or class numbers (0 for
     "negative"). Raises ValueError. `datasets.load_dataset` is avoided because it treats
     [ and * in a path as a pattern, turns 007 into 7, and returns old rows for a file that changed
     but kept its time stamp.
     """
-    with one_line_error(f"{path} is not a CSV or JSON Lines file in UTF-8 with sentence and label"):
+    with one_line_error(f"{path} must be CSV or JSON Lines, in UTF-8, with sentence and label"):
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = (list(csv.DictReader(file, strict=True)) if path.lower().endswith(".csv")
                     else [json.loads(line) for line in file if line.strip()])
@@ -626,26 +633,31 @@ def read_file(path, train=None):
         first = "sentence" if "sentence" in rows[0] else "sentence1"
         names = [first, *({"sentence2"} & rows[0].keys()), "label"]
         for number, row in enumerate(rows, 1):
+            # csv keeps surplus cells under the key None, and gives a missing cell the value None.
             if None in [*row, *map(row.get, names)] or row["label"] in MISSING:
                 raise ValueError(f"example {number} needs exactly one of each: {', '.join(names)}")
         data = datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in names})
         data = data.cast(datasets.Features(dict.fromkeys(names, datasets.Value("string"))))
-        data = data.rename_columns({first: "sentence1"})
-        labels = set(data["label"])
-        numbers = set(filter(NUMBER.fullmatch, labels))
-        if train is not None:
-            known = set(getattr(train.features["label"], "names", numbers))     # regression: all
-            numeric = all(map(NUMBER.fullmatch, known))
-            # Classes with names may be given by number too, but -1 means "no label" to datasets.
-            if labels - known and (numeric or "-1" in labels):
-                raise ValueError(f"the training data have no label {min(labels - known)!r}")
-            return data.cast(train.features)
-        if len(labels) == 1 or 0 < len(numbers) < len(labels):
-            raise ValueError("labels must differ, and be all names or all numbers")
-        if numbers and not all(x.lstrip("+-").isdigit() for x in labels):
-            return data.cast_column("label", datasets.Value("float32"))
-        classes = sorted(labels, key=int if numbers else None)
-        return data.cast_column("label", datasets.ClassLabel(names=classes))
+        return cast_labels(data.rename_columns({first: "sentence1"}), train)
+
+
+def cast_labels(data, train=None):
+    """A Dataset whose labels are text, with classes or decimals instead: see `read_file`."""
+    labels = set(data["label"])
+    numbers = set(filter(NUMBER.fullmatch, labels))
+    if train is not None:
+        known = set(getattr(train.features["label"], "names", numbers))         # regression: all
+        numeric = all(map(NUMBER.fullmatch, known))
+        # Classes with names may be given by number too, but -1 means "no label" to datasets.
+        if labels - known and (numeric or "-1" in labels):
+            raise ValueError(f"the training data have no label {min(labels - known)!r}")
+        return data.cast(train.features)
+    if len(labels) == 1 or 0 < len(numbers) < len(labels):
+        raise ValueError("labels must differ, and be all names or all numbers")
+    if numbers and not all(x.lstrip("+-").isdigit() for x in labels):
+        return data.cast_column("label", datasets.Value("float32"))
+    classes = sorted(labels, key=int if numbers else None)
+    return data.cast_column("label", datasets.ClassLabel(names=classes))
 
 
 def load_task(settings):
@@ -689,12 +701,12 @@ def encode(data, tokenizer, model, max_length):
     limit = min(max_length, tokenizer.model_max_length)
     positions = getattr(model.config, "max_position_embeddings", None) or -1     # XLNet has -1
     if 0 < positions < limit:
-        limit = positions - 2                      # RoBERTa's family reserves two
+        limit = positions - 2                      # RoBERTa and its relatives reserve two
     texts = [name for name in data.column_names if name != "label"]
     data = data.map(tokenizer, input_columns=texts, batched=True,
                     fn_kwargs={"truncation": True, "max_length": limit})
-    known = [*inspect.signature(model.forward).parameters, "label"]
-    return data.select_columns([name for name in data.column_names if name in known])
+    accepted = [*inspect.signature(model.forward).parameters, "label"]
+    return data.select_columns([name for name in data.column_names if name in accepted])
 
 
 def lengths_of(data):
@@ -760,15 +772,16 @@ def evaluate(model, data, tokenizer, task=None, precision="fp32", teacher_logits
 def score_all(model, sets, tokenizer, settings, teacher_logits={}):
     """The metrics of all sets except the training sets. Those of MNLI's second set end in
     _mismatched, and those of further files go under "evaluation"."""
-    found = {name: evaluate(model, sets[name], tokenizer, settings.task, settings.precision,
-                            teacher_logits.get(name)) for name in sets if name not in UNSCORED}
-    other = {f"{key}_mismatched": x for key, x in found.pop("validation_mismatched", {}).items()}
-    return found.pop("validation") | other | {"evaluation": found}
+    scores = {name: evaluate(model, sets[name], tokenizer, settings.task, settings.precision,
+                             teacher_logits.get(name)) for name in sets if name not in UNSCORED}
+    other = {f"{key}_mismatched": x for key, x in scores.pop("validation_mismatched", {}).items()}
+    return scores.pop("validation") | other | {"evaluation": scores}
 
 
 @torch.no_grad()
 def measure_costs(model, sets, tokenizer, settings):
     """What a model costs: layers, parameters, bytes, and median milliseconds for one sentence."""
+    model.eval()
     batch = make_batch(sets["train"], tokenizer, [0], model.device)
     # .cpu() waits for the device.
     timer = timeit.Timer(lambda: model_outputs(model, batch, settings.precision)[0].cpu())
@@ -809,7 +822,7 @@ class Settings:
     max_train_examples: int | None = option(None, "Training examples to sample (toy: to generate).")
     max_length: int = option(128, "Cut longer inputs to this many tokens.")
     teacher: str | None = option(None, "Folder or hub name (default: BERT-base, or the toy's).")
-    teacher_epochs: int | None = option(None, "Epochs to fine-tune it, if needed (3; toy 5).")
+    teacher_epochs: int | None = option(None, "To fine-tune it, if needed (default: 3, toy 5).")
     student_layers: int | None = option(None, "Layers to keep from the teacher (default: a third).")
     student: str | None = option(None, "Folder or hub name of another student, instead.")
     mapping: Literal["random", "skip", "last", "attention", "none", "finetune"] = option(
@@ -818,7 +831,7 @@ class Settings:
     resample: Literal["epoch", "step"] = option("epoch", "When to draw a new map.")
     centre: bool = option(False, "Subtract the batch mean from both sides of RAIL (see section 2).")
     projection_size: int = option(128, "Width u of the projections.")
-    projection_learning_rate: float | None = option(None, "Of the projections (default: the same).")
+    projection_learning_rate: float | None = option(None, "Of the projections (default: equal).")
     temperature: float = option(2.0, "Softens both output distributions in KD.")
     weights: list[float] = option(lambda: [1 / 3] * 3, "Of CE, KD, RAIL (none: rescaled); sum 1.")
     epochs: int | None = option(None, "Epochs of distillation (default: 10, toy 8).")
@@ -826,7 +839,7 @@ class Settings:
     learning_rate: float | None = option(None, "Peak rate of AdamW (default: 5e-5, toy 5e-4).")
     seed: int = option(0, "The seed of everything random.")
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: CUDA, MPS or CPU.")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "auto: half on CUDA.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "auto: 16 bits on CUDA.")
     output_dir: str | None = option(None, "New folder for the results (default: one in runs/).")
     resume: str | None = option(None, "Folder of a run to finish; takes device, precision.")
 
@@ -857,25 +870,26 @@ class Settings:
         # A loss that the mapping does not use gets weight 0; the others then sum to 1 again.
         used = {"none": [1, 1, 0], "finetune": [1, 0, 0]}.get(new.mapping, [1, 1, 1])
         weights = [weight * use for weight, use in zip(new.weights, used)]
-        conflicts = {                              # each message, and whether it applies
-            f"--device {device} --precision {self.precision} is not available here":
-                device not in (best.type, "cpu") or new.precision not in modes,
-            "--task and own files exclude each other": new.task and own_files != [None, None],
-            "--train-file and --validation-file belong together": own_files.count(None) == 1,
-            "--student and --student-layers exclude each other": new.student and new.student_layers,
-            "--mapping attention needs --variant layerwise":
-                new.mapping == "attention" and new.variant == "concat",
-            f"--mapping {new.mapping} leaves nothing to learn from": sum(weights) == 0,
-            "--max-train-examples: the toy makes at most 100000":
-                toy and (new.max_train_examples or 0) > 100_000,
-            "--eval-file: rename the file, its name means another set of data":
-                bool({*UNSCORED, "validation", "validation_mismatched"} & {*new.eval_file}),
-            f"--output-dir {out} is in use: name a new folder":
-                not new.resume and any(Path(out).glob("*"))}
-        found = [text for text, applies in conflicts.items() if applies]
+        problems = [
+            (device not in (best.type, "cpu") or new.precision not in modes,
+             f"--device {device} --precision {self.precision} is not available here"),
+            (new.task and own_files != [None, None], "--task and own files exclude each other"),
+            (own_files.count(None) == 1, "--train-file and --validation-file belong together"),
+            (new.student and new.student_layers,
+             "--student and --student-layers exclude each other"),
+            (new.mapping == "attention" and new.variant == "concat",
+             "--mapping attention needs --variant layerwise"),
+            (sum(weights) == 0, f"--mapping {new.mapping} leaves nothing to learn from"),
+            (toy and (new.max_train_examples or 0) > 100_000,
+             "--max-train-examples: the toy makes at most 100000"),
+            ({*UNSCORED, "validation", "validation_mismatched"} & {*new.eval_file},
+             "--eval-file: rename the file, its name means another set of data"),
+            (not new.resume and any(Path(out).glob("*")),
+             f"--output-dir {out} is in use: name a new folder")]
+        found = [message for applies, message in problems if applies]
         if found:
             raise ValueError("; ".join(found))
-        if sum(weights) < 1 - 1e-6:                # else a second call changes digits
+        if sum(weights) < 1 - 1e-6:                # else a second call would change last digits
             new.weights = [weight / sum(weights) for weight in weights]
         return dataclasses.replace(new, output_dir=out)
 
@@ -943,20 +957,18 @@ def run(settings):
               f"{settings.device}; results go to {folder}")
     save_json(folder / "metrics.json", results)
 
-    teacher_logits, teacher_outputs = {}, None     # assigned below, before after_epoch reads them
-
-    def after_epoch(record, args, history, layers):
+    def after_epoch(record, args, teacher_logits, teacher_outputs, history, layers):
         """Adds the scores of an epoch to `record`, prints a line, and updates metrics.json. `args`:
         the model that is trained, its sets and tokenizer; `history`, `layers`: from `train`."""
-        scores, entry = score_all(*args, settings, teacher_logits), history[-1]
+        record["epochs"], entry = history, history[-1]
+        scores = score_all(*args, settings, teacher_logits)
         entry |= scores
-        record["epochs"] = history
         if layers is not None:
             _, pooled = teacher_outputs(range(min(256, len(sets["train"]))), layers)
             t = F.normalize(rail.project(rail.teacher_proj, pooled), dim=-1)
             entry["cosine"] = mean_cosine(t).item()
         pairs = " ".join(f"{i}←{j}" for i, j in enumerate(entry["layers"] or [], 1))
-        names = [name for name in ("ce", "kd", "rail", "cosine") if entry.get(name)]  # not 0
+        names = [x for x in ("ce", "kd", "rail", "cosine") if entry.get(x)]     # those in use
         numbers = "  ".join(f"{name} {entry[name]:.3f}" for name in [*names, next(iter(scores))])
         print(f"  epoch {entry['epoch']:2}  {pairs}  {numbers}  "
               f"{entry['examples_per_second']:,.0f} examples/s")
@@ -969,11 +981,12 @@ def run(settings):
                                    epochs=settings.teacher_epochs)
         data = teacher_sets.get("teacher_train", teacher_sets["train"])
         train(Distiller(teacher, None, tuning), data, tokenizer, tuning, folder / "teacher.pt",
-              functools.partial(after_epoch, results["teacher"], teacher_args))
+              functools.partial(after_epoch, results["teacher"], teacher_args, {}, None))
         save(folder / "teacher", lambda to: [x.save_pretrained(to) for x in (teacher, tokenizer)])
         print(f"It can be used again with --teacher {shlex.quote(str(folder / 'teacher'))}")
-        del teacher, student, teacher_args, student_args       # first free their memory
-        # Continue as a resumed run, which loads folder/teacher like any other teacher.
+        # Continue as a resumed run, which loads folder/teacher like any other teacher. Free the
+        # memory of these models first.
+        del teacher, student, teacher_args, student_args
         return run(Settings(resume=str(folder), device=settings.device,
                             precision=settings.precision))
     teacher.requires_grad_(False)                  # from here on it is frozen
@@ -984,20 +997,21 @@ def run(settings):
     results["teacher"] |= measure_costs(*teacher_args, settings)
 
     # The student: first the table of the teacher's outputs, then the same loop.
+    teacher_outputs = None
     if settings.mapping != "finetune":
         parent = Path(source) if os.access(source, os.W_OK) else folder
         teacher_outputs = teacher_table(teacher, teacher_sets["train"], tokenizer, settings, parent)
     print("The student learns:")
+    scored = functools.partial(after_epoch, results, student_args, teacher_logits, teacher_outputs)
     train(Distiller(student, rail, settings), student_sets["train"], student_tokenizer, settings,
-          folder / "student.pt", functools.partial(after_epoch, results, student_args),
-          teacher_outputs, n)
+          folder / "student.pt", scored, teacher_outputs, n)
     results["student"] |= score_all(*student_args, settings, teacher_logits)
     results["student"] |= measure_costs(*student_args, settings)
     results["evaluation"] = {
         path: {role: results[role]["evaluation"][path] for role in ("teacher", "student")}
         for path in settings.eval_file}
     save_json(folder / "metrics.json", results)
-    # Saved last, because it marks the run as finished. A pipeline needs model and tokenizer.
+    # Saved last, because it marks the run as finished.
     save(folder / "student",
          lambda to: [x.save_pretrained(to) for x in (student, student_tokenizer)])
     metric = next(iter(results["student"]))
@@ -1063,26 +1077,27 @@ def sum_over_processes(tensor, what):
 
 
 def save(path, write):
-    """Calls write(part) in the first process; the file or folder it makes appears at `path` as a
-    whole or not at all. Raises OSError; whatever was at `path` is then unchanged."""
-    part = path.with_name(f"{path.name}.part")
+    """Calls write(temporary) in the first process; the file or folder that it makes appears at
+    `path` as a whole or not at all. Raises OSError; what was at `path` is then unchanged."""
+    temporary = path.with_name(f"{path.name}.part")
     with one_line_error(f"{path} could not be written, and is unchanged", OSError):
         if rank_and_world()[0] == 0:
-            write(part)
-            os.replace(part, path)
+            write(temporary)
+            os.replace(temporary, path)
     from_rank_0()
 
 
 def save_json(path, content):
     """Writes a JSON file, as `save` does (in ASCII, so the encoding does not matter)."""
-    save(path, lambda part: part.write_text(json.dumps(content, indent=2, allow_nan=False)))
+    text = json.dumps(content, indent=2, allow_nan=False)
+    save(path, lambda temporary: temporary.write_text(text))
 
 
 def save_state(file, parts, data_id, history):
     """Saves what a killed run needs in order to resume. `data_id`: see `fingerprint`."""
     state = {name: part.state_dict() for name, part in parts.items()}
     state |= {"history": history, "data": data_id}
-    save(file, lambda part: torch.save(state, part))
+    save(file, lambda temporary: torch.save(state, temporary))
 
 
 def load_state(file, parts, data_id):
@@ -1090,7 +1105,7 @@ def load_state(file, parts, data_id):
     if not file.exists():
         return []
     with one_line_error(f"{file} does not belong to this run: delete it to train from scratch"):
-        state = torch.load(file, map_location="cpu", weights_only=True)       # can't run code
+        state = torch.load(file, map_location="cpu", weights_only=True)    # runs no code in it
         if state["data"] != data_id:
             raise ValueError("the training data have changed since the run began")
         for name, part in parts.items():
