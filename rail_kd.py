@@ -17,8 +17,8 @@ them, so that deeper student layers learn from deeper teacher layers:
     dots:   KD. The last layers are matched through the logits, so they are left out of the draw.
 
 For each arrow, the outputs of both layers are averaged over the tokens of a sentence, projected to
-a common width (one trained linear layer for each side) and scaled to length 1. RAIL is the mean
-squared distance between the two vectors of a pair.
+a common width (one trained linear layer for each side) and scaled to length 1. RAIL is the squared
+distance between the two vectors of a pair, averaged over pairs and sentences.
 
     python rail_kd.py --task toy --student-layers 4        # two minutes on a laptop, offline
     python rail_kd.py --task sst2 --student-layers 4       # BERT-base, cut from 12 layers to 4
@@ -29,10 +29,14 @@ The toy run ends with:
     teacher      12     413,122        1.7             3.80  1.0000
     student       4     145,346        0.6             1.37  0.9930
 
-Seed 0 did better than most. Mean accuracy +- standard deviation over ten seeds with one teacher:
+Seed 0 did better than most. Mean accuracy +- standard deviation over ten seeds, one teacher:
 labels alone (--mapping finetune) 0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028,
 RAIL-KD 0.963 +- 0.029, RAIL-KD with --centre (subtract the batch mean first) 0.987 +- 0.019. In
 none of our tests did RAIL-KD without --centre beat vanilla KD; see the README.
+
+Notation: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
+regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
+width of the projections, T the temperature.
 
 Source: Haidar, Anchuri, Rezagholizadeh, Ghaddar, Langlais, Poupart, "RAIL-KD: RAndom Intermediate
 Layer Mapping for Knowledge Distillation", Findings of NAACL 2022, arXiv 2109.10164. This is an
@@ -52,14 +56,13 @@ and two public re-implementations (aitsc/GLMKD, TKC002/CILDA-plus-minILD). Origi
     the student starts from evenly spaced layers of its teacher               ours
     --centre, against the trivial solution of section 2; off by default       ours
 
-Notation: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
-regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
-width of the projections, T the temperature. What stands between SOLUTION marks is an exercise
-(README). Sections 1 to 3 are the method: 300 lines for one sitting. Who calls whom, by section:
+Sections 1 to 3 are the method: 300 lines for one sitting. What to change first: the maps in
+`choose_layers`, the last line of `RailLoss.forward`, the losses in `Distiller.forward`. The code
+between SOLUTION marks is an exercise (README). What calls what, by section:
 
-    10 main > 9 run > 4 teacher_table                                        once
-                    > 3 train > 1 choose_layers > 1 sample_layer_map         in each epoch
-                              > 3 Distiller     > 2 kd_loss, 2 RailLoss      in each step
+    §10 main > §9 run > §4 teacher_table                                         once
+                      > §3 train > §1 choose_layers > §1 sample_layer_map        in each epoch
+                                 > §3 Distiller     > §2 kd_loss, §2 RailLoss    in each step
 
 The other sections are support: 5 models, 6 data, 7 scores, 8 settings.
 """
@@ -118,9 +121,9 @@ def evenly_spaced(n, m):
 
 def choose_layers(settings, n, m, epoch, step=0):
     """The teacher layers of an epoch: int array (k,), or (n-1,) for the mapping `attention`; None
-    for `none` and `finetune`. Only the maps are taken from other methods: `skip` and `last` from
-    PKD (Sun et al. 2019), and `attention`, where all n-1 candidates teach each student layer, from
-    ALP-KD (Passban et al. 2021). Pooling, projections and loss are those of RAIL-KD."""
+    for `none` and `finetune`. Only maps, not losses, come from other methods: `skip` and `last`
+    from PKD (Sun et al. 2019); and `attention`, where all n-1 candidates teach each student layer,
+    from ALP-KD (Passban et al. 2021)."""
     if settings.mapping == "random":
         # Seeded by the epoch, not by what was drawn before: a resumed run draws the same layers.
         key = [settings.seed, epoch, step if settings.resample == "step" else 0]
@@ -133,7 +136,6 @@ def choose_layers(settings, n, m, epoch, step=0):
 # ---- 2. The losses -----------------------------------------------------------------------------
 #   student: k layers (B, S, d_s) - mean -> (B, k, d_s) - student_proj -> (B, k, u) - unit -> s
 #   teacher: k layers (B, S, d_t) - mean -> (B, k, d_t) - teacher_proj -> (B, k, u) - unit -> t
-#
 #   RAIL = mean over the batch and the k pairs of || s_i - t_i ||^2
 #
 # For unit vectors, || s - t ||^2 = 2 - 2 cos(s, t): 0 for equal directions, 4 for opposite ones.
@@ -142,9 +144,9 @@ def choose_layers(settings, n, m, epoch, step=0):
 # own, by mapping every sentence to the same direction. RAIL then teaches the student nothing.
 #
 # How to see it. The loss alone does not show this, so each epoch also reports `cosine`, c: the mean
-# cosine between *different* sentences after the teacher's projection. Their mean has a length of
-# about sqrt(c), so a student that outputs its direction for every sentence has a loss of about
-# 2 - 2 sqrt(c). Only a clearly lower loss shows that it follows the teacher sentence by sentence.
+# cosine between the projected teacher vectors of *different* sentences. The mean of these vectors
+# is about sqrt(c) long. Without --centre, a student that outputs this one direction for every
+# sentence has a loss of about 2 - 2 sqrt(c). Only a clearly lower loss shows that it learns more.
 #
 # What --centre does. It subtracts the batch mean from each side before normalisation, which removes
 # the direction that all sentences share. It improved the score on the toy, but not on real text.
@@ -179,8 +181,8 @@ class RailLoss(nn.Module):
     student layer. The projections are trained with the student and discarded afterwards.
 
     Args: teacher_dim, student_dim, num_pairs, projection_size: d_t, d_s, k, u; centre: whether to
-        subtract the batch mean from both sides. A batch of one then has a loss of 0. Each of
-        several processes centres its own rows.
+        subtract the batch mean from both sides (a batch of one then has a loss of 0, and with
+        several GPUs, each centres its own rows).
     Raises: ValueError for an unknown variant, or a size below 1."""
 
     def __init__(self, teacher_dim, student_dim, num_pairs, variant="layerwise",
@@ -196,7 +198,7 @@ class RailLoss(nn.Module):
         self.student_proj = nn.Linear(layers_joined * student_dim, projection_size)
 
     def project(self, linear, pooled):
-        """Projects one side, before normalisation: (B, k, d) -> (B, k, u), or (B, u) for concat."""
+        """Projects one side: (B, k, d) -> (B, k, u), or (B, u) for concat. Not yet normalised."""
         vectors = linear(pooled.flatten(1) if self.variant == "concat" else pooled)
         return vectors - vectors.mean(dim=0) if self.centre else vectors
 
@@ -215,7 +217,7 @@ class RailLoss(nn.Module):
             student's), or if the batch sizes differ."""
         ### BEGIN SOLUTION
         B, k = len(student_pooled), self.num_pairs
-        # With attention there are no pairs: the teacher's side may have any number of layers.
+        # With attention, the teacher's side may have any number of layers.
         expected = teacher_pooled.shape[1] if self.variant == "attention" else k
         if student_pooled.shape[1] != k or teacher_pooled.shape[:2] != (B, expected):
             raise ValueError(f"student {student_pooled.shape} and teacher {teacher_pooled.shape} "
@@ -228,12 +230,13 @@ class RailLoss(nn.Module):
         return (s - t).pow(2).sum(dim=-1).mean()
         ### END SOLUTION
 
-
-def mean_cosine(vectors):
-    """The mean cosine between different sentences, for unit vectors (B, ..., u): a scalar."""
-    B = len(vectors)
-    # || sum ||^2 adds up all B^2 cosines: B ones, and those of the B (B - 1) other pairs.
-    return ((vectors.sum(dim=0).pow(2).sum(dim=-1) - B) / max(B * (B - 1), 1)).mean()
+    @torch.no_grad()
+    def cosine(self, teacher_pooled):
+        """The mean cosine between different sentences after the teacher's projection: a float."""
+        B = len(teacher_pooled)
+        t = F.normalize(self.project(self.teacher_proj, teacher_pooled), dim=-1)
+        # || sum ||^2 adds up B^2 cosines: B of a vector with itself (1), B (B - 1) of other pairs.
+        return ((t.sum(dim=0).pow(2).sum(dim=-1) - B) / max(B * (B - 1), 1)).mean().item()
 
 
 def kd_loss(student_logits, teacher_logits, temperature):
@@ -265,7 +268,7 @@ def kd_loss(student_logits, teacher_logits, temperature):
 def combined_loss(ce, kd, rail, weights):
     """The objective w1 * CE + w2 * KD + w3 * RAIL, a scalar.
 
-    Args: ce, kd, rail: scalars, tensors (gradients flow back) or plain numbers; weights
+    Args: ce, kd, rail: scalars: tensors (gradients flow back) or plain numbers; weights
         (w1, w2, w3), each >= 0, with sum 1.
     Raises: ValueError unless there are three weights, all >= 0 (not NaN), with sum 1 (to 1e-6)."""
     ### BEGIN SOLUTION
@@ -279,23 +282,22 @@ def combined_loss(ce, kd, rail, weights):
 # ---- 3. One step, and the loop -----------------------------------------------------------------
 # The frozen teacher gives the same outputs for a sentence in every epoch, so it runs only once,
 # before the loop (section 4), and `teacher_outputs(rows, layers)` looks its outputs up. Functions
-# used here and defined further down:
-#   model_outputs   logits and pooled layers    length_batches  all rows, in batches
-#   label_loss      CE                          load_state, save_state, fingerprint   to resume
-#   make_batch      rows, padded                rank_and_world, own_rows   for several GPUs
+# from further down: model_outputs and label_loss (this section), make_batch (4), lengths_of,
+# length_batches and fingerprint (6), load_state, save_state and progress, and for several GPUs
+# rank_and_world, own_rows and sum_over_processes (10).
 
 
 class Distiller(nn.Module):
     """Student and projections in one module, to be trained, saved and copied to GPUs together."""
 
-    def __init__(self, student, rail, settings):
+    def __init__(self, student, rail_loss, settings):
         super().__init__()
-        self.student, self.rail_loss, self.settings = student, rail, settings
+        self.student, self.rail_loss, self.settings = student, rail_loss, settings
 
     def forward(self, batch, teacher_logits=None, teacher_pooled=None):
         """CE, KD, RAIL and their weighted sum, (4,). batch: {input_ids (B, S), ..., labels (B,)};
-        the teacher's outputs for it: logits (B, C), the map's layers (B, k or n-1, d_t). KD is 0
-        without teacher logits, and RAIL without projections."""
+        the teacher's outputs for it: logits (B, C), the map's layers (B, k or n-1, d_t). Without
+        teacher logits, KD is 0; without projections, RAIL is 0."""
         use_rail = self.rail_loss is not None
         logits, pooled = model_outputs(self.student, batch, self.settings.precision, use_rail)
         ce = label_loss(logits, batch["labels"])
@@ -309,12 +311,11 @@ class Distiller(nn.Module):
 
 def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher_outputs=None, n=0):
     """Trains a Distiller in place; returns the history, one dict per epoch.
-    `teacher_outputs(rows, layers)` gives the logits (B, C) and pooled layers (B, k, d_t) of a
-    teacher of n layers, see section 4; without it, the model learns from the labels alone, as the
-    teacher does when it is fine-tuned. `after_epoch(history, layers)` may add scores to the last
-    dict. Randomness depends only on seed and epoch, and the state is saved after each epoch: a
-    killed run resumes after its last full epoch, on a CPU bit for bit. Raises FloatingPointError
-    for a loss that is not finite, ValueError if `state_file` was saved with other data."""
+    `teacher_outputs(rows, layers)` gives the logits (B, C) and pooled layers (B, k or n-1, d_t) of
+    a teacher of n layers, see section 4; without it (mapping `finetune`), the model learns from the
+    labels alone. `after_epoch(history, layers)` may add scores to the last dict. All randomness
+    comes from seed and epoch: a killed run resumes after its last full epoch, on a CPU bit for bit.
+    Raises FloatingPointError if a loss is not finite, ValueError if the state is of other data."""
     rank, world = rank_and_world()
     student = distiller.student
     steps = math.ceil(len(data) / settings.batch_size) * settings.epochs
@@ -322,7 +323,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
     parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     data_id = fingerprint(data)
     history = load_state(state_file, parts, data_id)
-    model, m = distiller, student.config.num_hidden_layers
+    model, m, lengths = distiller, student.config.num_hidden_layers, lengths_of(data)
     if world > 1:                          # some models, such as XLNet, have unused weights
         model = nn.parallel.DistributedDataParallel(distiller, find_unused_parameters=True)
 
@@ -333,7 +334,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
         seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
         torch.manual_seed(seed + rank)                                          # for dropout
         distiller.train()
-        batches = length_batches(lengths_of(data), settings.batch_size, seed)
+        batches = length_batches(lengths, settings.batch_size, seed)
         for step, rows in enumerate(progress(batches, f"epoch {epoch}")):
             if settings.resample == "step":
                 layers = choose_layers(settings, n, m, epoch, step)
@@ -341,7 +342,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
             batch = make_batch(data, tokenizer, own, student.device)
             teacher_side = () if teacher_outputs is None else teacher_outputs(own, layers)
             losses = model(batch, *teacher_side)                                # (4,)
-            # losses[3] is the total. DDP averages gradients over processes; `world` sums them.
+            # losses[3] is the total. DDP averages gradients; the factor `world` makes that a sum.
             scaler.scale(losses[3] * share * world).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -361,7 +362,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
 
 
 def make_optimizer(distiller, settings, steps):
-    """(AdamW, its schedule of learning rates over `steps` steps, the loss scaler)."""
+    """(AdamW, its learning-rate schedule over `steps` steps, the loss scaler)."""
     groups = [{"params": distiller.student.parameters(), "lr": settings.learning_rate}]
     if distiller.rail_loss:        # projections start at random: they may need their own rate
         rate = settings.projection_learning_rate or settings.learning_rate
@@ -406,13 +407,13 @@ def model_outputs(model, batch, precision="fp32", pool=False):
 
 
 def make_batch(data, tokenizer, rows, device):
-    """Rows of encoded data, padded to their longest: {input_ids (B, S), ..., labels (B,)}."""
+    """Rows of encoded data, padded to the longest: {input_ids (B, S), ..., labels (B,)}."""
     return transformers.DataCollatorWithPadding(tokenizer)(data[rows]).to(device)
 
 
 @torch.no_grad()
 def predict(model, data, tokenizer, precision="fp32", pooled=None):
-    """The logits of a model for encoded data, in their order: float32 array (N, C). If `pooled`
+    """The logits of a model for encoded data, in its order: float32 array (N, C). If `pooled`
     (N, n, d) is given, it is filled with the pooled outputs of all layers. Several processes share
     the work. Raises FloatingPointError for logits that are NaN or infinite."""
     model.eval()                                   # dropout would add noise
@@ -442,11 +443,12 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
                        *teacher.state_dict().values())
     shape = len(data), teacher.config.num_hidden_layers, teacher.config.hidden_size    # (N, n, d_t)
     size, folder = math.prod(shape), parent / f"table-{name}"
-    done = from_rank_0((folder / "logits.pt").exists())        # it is written last
+    done = from_rank_0((folder / "logits.pt").exists())        # logits.pt is written last
     if not done and 2 * size > shutil.disk_usage(parent).free:
-        raise ValueError(f"{parent} has no space for the teacher's outputs, {2e-9 * size:.1f} GB")
+        raise ValueError(f"{parent} has no room for the teacher's outputs ({2e-9 * size:.1f} GB)")
     folder.mkdir(exist_ok=True)
-    pooled = torch.from_file(str(folder / "pooled.bin"), True, size, dtype=torch.half).view(shape)
+    file = str(folder / "pooled.bin")              # shared: what is written to it reaches the disk
+    pooled = torch.from_file(file, shared=True, size=size, dtype=torch.half).view(shape)
     if not done:
         print(f"The teacher runs once; {2e-6 * size:,.1f} MB of outputs go to {folder}")
         logits = torch.from_numpy(predict(teacher, data, tokenizer, settings.precision, pooled))
@@ -455,7 +457,7 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
 
     def teacher_outputs(rows, layers):             # layers is None if there is no RAIL
         columns = [] if layers is None else np.subtract(layers, 1)
-        # One joint index: pooled[rows][:, columns] would first read all layers of a row.
+        # Index both at once: pooled[rows][:, columns] would first read all layers of a row.
         vectors = pooled[np.ix_(rows, columns)]                                 # (B, k, d_t)
         return logits[rows].to(teacher.device), vectors.to(teacher.device).float()
     return teacher_outputs
@@ -469,7 +471,7 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
 
 def toy_teacher(seed, num_layers=12):
     """(model, tokenizer): an untrained BERT of width 64 whose vocabulary is the words of the toy.
-    Deep Transformers trained from scratch often get stuck at chance. What helps: no dropout,
+    Deep Transformers trained from scratch often get stuck at chance level. What helps: no dropout,
     warm-up, and initial weights larger than BERT's 0.02, which was chosen for a width of 768."""
     words = " ".join(TOPICS + NEGATIVE + POSITIVE + DEGREES + NEGATIONS + LINKS).split()
     ids = {x: i for i, x in enumerate("[PAD] [UNK] [CLS] [SEP] [MASK] , .".split() + sorted(words))}
@@ -492,7 +494,7 @@ def load_classifier(name, feature, seed, role):
         return *toy_teacher(seed), False
     torch.manual_seed(seed)
     with one_line_error(f"no {role} that fits the data can be loaded from {name!r}"):
-        # Nothing from the hub can run here, neither its code nor a pickle (weights_only is used).
+        # No code from the hub can run here, whether a model's own or in a pickle (weights_only).
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=getattr(feature, "num_classes", 1), ignore_mismatched_sizes=True,
@@ -532,8 +534,8 @@ def build_student(teacher, num_layers):
     """A student cut from its teacher: `num_layers` of its layers, weights copied, nothing shared.
     The teacher must keep its n layers in one nn.ModuleList. Student layer i is teacher layer
     round(i*n/m), so the student keeps the last one, which the classifier was trained on. Returns a
-    model of the same class, in train mode, with gradients, on the CPU. Raises ValueError for more
-    layers than the teacher has, or fewer than 1, and for an architecture that can't be cut."""
+    model of the same class, in train mode, trainable, on the CPU. Raises ValueError for more layers
+    than the teacher has, or fewer than 1, and for an architecture that can't be cut."""
     n, cut = teacher.config.num_hidden_layers, copy.deepcopy(teacher)
     if not 1 <= num_layers <= n:
         raise ValueError(f"{num_layers} layers can't be cut from a teacher of {n}: choose 1 to {n}")
@@ -543,11 +545,11 @@ def build_student(teacher, num_layers):
         cut.config.num_hidden_layers = num_layers
         if getattr(cut.config, "layer_types", None):           # each layer keeps its type
             cut.config.layer_types = [cut.config.layer_types[i] for i in kept]
-        # ALBERT has no such list, since its layers share their weights.
+        # ALBERT has no ModuleList of n layers, since its layers share their weights.
         path = next(p for p, x in cut.named_modules() if type(x) is nn.ModuleList and len(x) == n)
         cut.set_submodule(path, nn.ModuleList(cut.get_submodule(path)[i] for i in kept))
         # Copy the weights into a new model with this config, as loading the saved student will do;
-        # a weight without a place there fails here.
+        # a weight with no place there raises here.
         student = type(teacher)(cut.config)
         student.load_state_dict(cut.state_dict())
     return student.train()
@@ -559,7 +561,7 @@ def encode_and_check(model, tokenizer, sets, settings, role):
     the method can't use the model: no attention mask, hidden states that are missing or of another
     shape, too few positions, a precision that it can't run in."""
     model.to(settings.device)
-    hint = "" if settings.precision == "fp32" else ", --precision fp32 may help"
+    hint = "" if settings.precision == "fp32" else "; --precision fp32 may help"
     with one_line_error(f"the {role}, a {type(model).__name__}, can't be used{hint}"):
         sets = {name: encode(x, tokenizer, model, settings.max_length) for name, x in sets.items()}
         if "attention_mask" not in sets["train"].column_names:
@@ -597,7 +599,7 @@ def toy_sentences(seed, sizes):
     clause without "although", or the one after "but" or "yet". Word order tells which clause that
     is, and a negation flips its meaning, so word counts say little. Sentences of one clause are a
     stepping stone for a deep model that starts from random weights. No sentence occurs twice, and
-    all depend on the seed and the sizes alone.
+    they depend only on the seed and the sizes.
     """
     rng, label_of = np.random.default_rng([seed, 0x7071]), {}    # sentence -> label
     while len(label_of) < sum(sizes):
@@ -618,11 +620,11 @@ def toy_sentences(seed, sizes):
 def read_file(path, train=None):
     """A CSV or JSON Lines file -> Dataset with sentence1, perhaps sentence2, and label.
 
-    Names or whole numbers become classes, in sorted order; one decimal makes it regression.
+    Names or whole numbers become classes, in sorted order; a single decimal makes it regression.
     Later files must have the columns of `train`, and its labels or class numbers (0 for
     "negative"). Raises ValueError. `datasets.load_dataset` is avoided because it treats
     [ and * in a path as a pattern, turns 007 into 7, and returns old rows for a file that changed
-    but kept its time stamp.
+    but kept its timestamp.
     """
     with one_line_error(f"{path} must be CSV or JSON Lines, in UTF-8, with sentence and label"):
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -642,11 +644,11 @@ def read_file(path, train=None):
 
 
 def cast_labels(data, train=None):
-    """A Dataset whose labels are text, with classes or decimals instead: see `read_file`."""
+    """Turns the text labels of a Dataset into classes or decimals, see `read_file`."""
     labels = set(data["label"])
     numbers = set(filter(NUMBER.fullmatch, labels))
     if train is not None:
-        known = set(getattr(train.features["label"], "names", numbers))         # regression: all
+        known = set(getattr(train.features["label"], "names", numbers))         # regression: any
         numeric = all(map(NUMBER.fullmatch, known))
         # Classes with names may be given by number too, but -1 means "no label" to datasets.
         if labels - known and (numeric or "-1" in labels):
@@ -665,8 +667,8 @@ def load_task(settings):
 
     All sets are scored except "train" and the toy's "teacher_train", which holds eight times as
     many other sentences, all labelled correctly. MNLI also has "validation_mismatched". GLUE's test
-    splits are left out: their labels are all -1. Raises ValueError if the hub can't be reached or a
-    file is bad.
+    splits are left out: except for MRPC's, they have no labels. Raises ValueError if the hub can't
+    be reached or a file is bad.
     """
     size = settings.max_train_examples
     if settings.task == "toy":
@@ -725,7 +727,7 @@ def length_batches(lengths, batch_size, seed):
 
 
 def fingerprint(data, *more):
-    """16 hex digits that change whenever an encoded Dataset changes, or anything else given."""
+    """16 hex digits that change whenever an encoded Dataset, or anything else given, changes."""
     return datasets.fingerprint.Hasher.hash([*map(json.dumps, data.iter(1000)), *more])
 
 
@@ -742,7 +744,7 @@ def correlation(a, b, method="pearson"):
 
 
 def compute_metrics(logits, labels, task=None, teacher_logits=None):
-    """The metrics of GLUE for arrays (N, C) and (N,): {"accuracy": ..., "eval_loss": ...}.
+    """GLUE's metrics for arrays (N, C) and (N,): {"accuracy": ..., "eval_loss": ...}.
 
     Your own data are scored by accuracy, or by two correlations for regression. `eval_loss` is CE
     in nats or the mean squared error; `agreement` is how often the teacher chooses the same class.
@@ -769,18 +771,20 @@ def evaluate(model, data, tokenizer, task=None, precision="fp32", teacher_logits
     return compute_metrics(logits, data["label"], task, teacher_logits)
 
 
-def score_all(model, sets, tokenizer, settings, teacher_logits={}):
+def score_all(model, sets, tokenizer, settings, teacher_logits=None):
     """The metrics of all sets except the training sets. Those of MNLI's second set end in
     _mismatched, and those of further files go under "evaluation"."""
     scores = {name: evaluate(model, sets[name], tokenizer, settings.task, settings.precision,
-                             teacher_logits.get(name)) for name in sets if name not in UNSCORED}
+                             (teacher_logits or {}).get(name))
+              for name in sets if name not in UNSCORED}
     other = {f"{key}_mismatched": x for key, x in scores.pop("validation_mismatched", {}).items()}
     return scores.pop("validation") | other | {"evaluation": scores}
 
 
 @torch.no_grad()
 def measure_costs(model, sets, tokenizer, settings):
-    """What a model costs: layers, parameters, bytes, and median milliseconds for one sentence."""
+    """What a model costs: layers, parameters, bytes, and milliseconds for the first training
+    example (median of 30 forward passes)."""
     model.eval()
     batch = make_batch(sets["train"], tokenizer, [0], model.device)
     # .cpu() waits for the device.
@@ -791,7 +795,7 @@ def measure_costs(model, sets, tokenizer, settings):
 
 
 def warn_of_weak_teacher(logits, labels):
-    """Warns if a teacher is no better than guessing the most frequent class, or the mean."""
+    """Warns if a teacher is no better than predicting the most frequent class, or the mean."""
     if logits.shape[1] == 1:
         error, guessing = np.mean((logits[:, 0] - labels) ** 2), labels.var()
     else:
@@ -815,33 +819,33 @@ def option(default, text):
 class Settings:
     """Everything a run depends on. HfArgumentParser turns each field into a flag."""
 
-    task: Literal[("toy", *GLUE)] | None = option(None, "The toy (default), or a task of GLUE.")
+    task: Literal[("toy", *GLUE)] | None = option(None, "The toy (default), or a GLUE task.")
     train_file: str | None = option(None, "CSV or JSON Lines: sentence, label, perhaps sentence2.")
-    validation_file: str | None = option(None, "Your validation data, same columns.")
+    validation_file: str | None = option(None, "Your validation data, with the same columns.")
     eval_file: list[str] = option(list, "Further files to score, such as text of another domain.")
     max_train_examples: int | None = option(None, "Training examples to sample (toy: to generate).")
     max_length: int = option(128, "Cut longer inputs to this many tokens.")
     teacher: str | None = option(None, "Folder or hub name (default: BERT-base, or the toy's).")
-    teacher_epochs: int | None = option(None, "To fine-tune it, if needed (default: 3, toy 5).")
+    teacher_epochs: int | None = option(None, "Epochs to fine-tune it, if needed (3; toy: 5).")
     student_layers: int | None = option(None, "Layers to keep from the teacher (default: a third).")
-    student: str | None = option(None, "Folder or hub name of another student, instead.")
+    student: str | None = option(None, "Folder or hub name of a student to use instead.")
     mapping: Literal["random", "skip", "last", "attention", "none", "finetune"] = option(
-        "random", "Teacher layers: drawn, evenly spaced, last, all; none: CE, KD; finetune: CE.")
+        "random", "Teacher layers: random, even, last, all; none: CE, KD; finetune: CE.")
     variant: Literal["layerwise", "concat"] = option("layerwise", "RAIL-KD^l or RAIL-KD^c.")
     resample: Literal["epoch", "step"] = option("epoch", "When to draw a new map.")
     centre: bool = option(False, "Subtract the batch mean from both sides of RAIL (see section 2).")
     projection_size: int = option(128, "Width u of the projections.")
-    projection_learning_rate: float | None = option(None, "Of the projections (default: equal).")
+    projection_learning_rate: float | None = option(None, "For the projections (default: same).")
     temperature: float = option(2.0, "Softens both output distributions in KD.")
-    weights: list[float] = option(lambda: [1 / 3] * 3, "Of CE, KD, RAIL (none: rescaled); sum 1.")
+    weights: list[float] = option(lambda: [1 / 3] * 3, "Of CE, KD, RAIL; sum 1 (unused: set to 0).")
     epochs: int | None = option(None, "Epochs of distillation (default: 10, toy 8).")
     batch_size: int = option(32, "Examples in a step, over all processes together.")
     learning_rate: float | None = option(None, "Peak rate of AdamW (default: 5e-5, toy 5e-4).")
-    seed: int = option(0, "The seed of everything random.")
+    seed: int = option(0, "Seed for all randomness.")
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: CUDA, MPS or CPU.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "auto: 16 bits on CUDA.")
     output_dir: str | None = option(None, "New folder for the results (default: one in runs/).")
-    resume: str | None = option(None, "Folder of a run to finish; takes device, precision.")
+    resume: str | None = option(None, "Run folder to finish; add only --device, --precision.")
 
     def resolve(self):
         """A copy with its values checked and defaults filled in. Raises ValueError."""
@@ -883,13 +887,13 @@ class Settings:
             (toy and (new.max_train_examples or 0) > 100_000,
              "--max-train-examples: the toy makes at most 100000"),
             ({*UNSCORED, "validation", "validation_mismatched"} & {*new.eval_file},
-             "--eval-file: rename the file, its name means another set of data"),
+             "--eval-file: rename the file; its name is reserved for another data set"),
             (not new.resume and any(Path(out).glob("*")),
              f"--output-dir {out} is in use: name a new folder")]
         found = [message for applies, message in problems if applies]
         if found:
             raise ValueError("; ".join(found))
-        if sum(weights) < 1 - 1e-6:                # else a second call would change last digits
+        if sum(weights) < 1 - 1e-6:                # or a second call would change last digits
             new.weights = [weight / sum(weights) for weight in weights]
         return dataclasses.replace(new, output_dir=out)
 
@@ -914,7 +918,7 @@ def run(settings):
     settings = settings.resolve()
     folder = Path(from_rank_0(settings.output_dir))
     if (folder / "student").is_dir():
-        print(f"{folder} is finished already.")
+        print(f"{folder} is already finished.")
         return results
 
     # Data and models. Most problems surface here, before anything slow starts or is written.
@@ -929,44 +933,43 @@ def run(settings):
     else:
         settings.student_layers = settings.student_layers or min(n, max(n // 3, 2))
         student, student_tokenizer = build_student(teacher, settings.student_layers), tokenizer
-    m, rail = student.config.num_hidden_layers, None
+    m, rail_loss = student.config.num_hidden_layers, None
     if settings.mapping not in ("none", "finetune"):
         if not 2 <= m <= n:
             raise ValueError(f"{m} student layers have no map to {n} teacher layers: take 2 to {n}")
         variant = "attention" if settings.mapping == "attention" else settings.variant
         torch.manual_seed(settings.seed)
-        rail = RailLoss(teacher.config.hidden_size, student.config.hidden_size, m - 1, variant,
-                        settings.projection_size, settings.centre).to(settings.device)
+        rail_loss = RailLoss(teacher.config.hidden_size, student.config.hidden_size, m - 1, variant,
+                             settings.projection_size, settings.centre).to(settings.device)
     teacher_sets = encode_and_check(teacher, tokenizer, sets, settings, "teacher")
     student_sets = encode_and_check(student, student_tokenizer, sets, settings, "student")
     teacher_args = teacher, teacher_sets, tokenizer
     student_args = student, student_sets, student_tokenizer
 
     rank, world = rank_and_world()
-    # Claim the folder with a file that only one run can create. From here on, --resume works.
+    # Claim the folder with a file that only one run can create.
     results["settings"] = dataclasses.asdict(settings) | {"resume": None}
     results["versions"] = {x.__name__: x.__version__ for x in (torch, transformers, datasets, np)}
     results["device"] = f"{settings.device}, {torch.get_num_threads()} threads x {world}"
     if not settings.resume and rank == 0:
-        with one_line_error(f"--output-dir {folder} is in use, or can't be written to"):
+        with one_line_error(f"--output-dir {folder} is in use or can't be written to"):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "metrics.json").touch(exist_ok=False)
         kind = f"classes {', '.join(feature.names)}" if hasattr(feature, "names") else "regression"
         print(f"{len(sets['train']):,} training examples, {kind}\nteacher {n} layers, student {m}; "
               f"mapping {settings.mapping}, {settings.epochs} epochs in {settings.precision} on "
               f"{settings.device}; results go to {folder}")
-    save_json(folder / "metrics.json", results)
+    save_json(folder / "metrics.json", results)    # from here on, --resume works
 
     def after_epoch(record, args, teacher_logits, teacher_outputs, history, layers):
         """Adds the scores of an epoch to `record`, prints a line, and updates metrics.json. `args`:
-        the model that is trained, its sets and tokenizer; `history`, `layers`: from `train`."""
+        the model being trained, its sets and tokenizer; `history`, `layers`: from `train`."""
         record["epochs"], entry = history, history[-1]
         scores = score_all(*args, settings, teacher_logits)
         entry |= scores
         if layers is not None:
             _, pooled = teacher_outputs(range(min(256, len(sets["train"]))), layers)
-            t = F.normalize(rail.project(rail.teacher_proj, pooled), dim=-1)
-            entry["cosine"] = mean_cosine(t).item()
+            entry["cosine"] = rail_loss.cosine(pooled)
         pairs = " ".join(f"{i}←{j}" for i, j in enumerate(entry["layers"] or [], 1))
         names = [x for x in ("ce", "kd", "rail", "cosine") if entry.get(x)]     # those in use
         numbers = "  ".join(f"{name} {entry[name]:.3f}" for name in [*names, next(iter(scores))])
@@ -981,7 +984,7 @@ def run(settings):
                                    epochs=settings.teacher_epochs)
         data = teacher_sets.get("teacher_train", teacher_sets["train"])
         train(Distiller(teacher, None, tuning), data, tokenizer, tuning, folder / "teacher.pt",
-              functools.partial(after_epoch, results["teacher"], teacher_args, {}, None))
+              functools.partial(after_epoch, results["teacher"], teacher_args, None, None))
         save(folder / "teacher", lambda to: [x.save_pretrained(to) for x in (teacher, tokenizer)])
         print(f"It can be used again with --teacher {shlex.quote(str(folder / 'teacher'))}")
         # Continue as a resumed run, which loads folder/teacher like any other teacher. Free the
@@ -1002,9 +1005,9 @@ def run(settings):
         parent = Path(source) if os.access(source, os.W_OK) else folder
         teacher_outputs = teacher_table(teacher, teacher_sets["train"], tokenizer, settings, parent)
     print("The student learns:")
-    scored = functools.partial(after_epoch, results, student_args, teacher_logits, teacher_outputs)
-    train(Distiller(student, rail, settings), student_sets["train"], student_tokenizer, settings,
-          folder / "student.pt", scored, teacher_outputs, n)
+    report = functools.partial(after_epoch, results, student_args, teacher_logits, teacher_outputs)
+    train(Distiller(student, rail_loss, settings), student_sets["train"], student_tokenizer,
+          settings, folder / "student.pt", report, teacher_outputs, n)
     results["student"] |= score_all(*student_args, settings, teacher_logits)
     results["student"] |= measure_costs(*student_args, settings)
     results["evaluation"] = {
@@ -1020,7 +1023,7 @@ def run(settings):
         row = results[role]
         print(f"{role}  {row['layers']:6}  {row['parameters']:10,}  {row['bytes'] / 1e6:9.1f}  "
               f"{row['milliseconds_per_sentence']:15.2f}  {row[metric]:.4f}")
-    print(f"\nThe student is saved in {folder / 'student'}, all numbers in metrics.json beside it.")
+    print(f"\nThe student is in {folder / 'student'}; all numbers are in metrics.json beside it.")
     for state in folder.glob("*.pt"):
         state.unlink(missing_ok=True)
     return results
@@ -1046,7 +1049,7 @@ def rank_and_world():
 
 
 def progress(items, text):
-    """A progress bar, shown by the first process only, and only on a terminal (tqdm: None)."""
+    """A progress bar, shown by the first process only, and only on a terminal (disable=None)."""
     return tqdm(items, text, leave=False, disable=rank_and_world()[0] > 0 or None)
 
 
@@ -1084,7 +1087,7 @@ def save(path, write):
         if rank_and_world()[0] == 0:
             write(temporary)
             os.replace(temporary, path)
-    from_rank_0()
+    from_rank_0()                                  # all processes wait until it is written
 
 
 def save_json(path, content):
@@ -1094,7 +1097,7 @@ def save_json(path, content):
 
 
 def save_state(file, parts, data_id, history):
-    """Saves what a killed run needs in order to resume. `data_id`: see `fingerprint`."""
+    """Saves what a killed run needs to resume. `data_id`: see `fingerprint`."""
     state = {name: part.state_dict() for name, part in parts.items()}
     state |= {"history": history, "data": data_id}
     save(file, lambda temporary: torch.save(state, temporary))
@@ -1105,7 +1108,7 @@ def load_state(file, parts, data_id):
     if not file.exists():
         return []
     with one_line_error(f"{file} does not belong to this run: delete it to train from scratch"):
-        state = torch.load(file, map_location="cpu", weights_only=True)    # runs no code in it
+        state = torch.load(file, map_location="cpu", weights_only=True)    # runs no code from it
         if state["data"] != data_id:
             raise ValueError("the training data have changed since the run began")
         for name, part in parts.items():
@@ -1115,15 +1118,15 @@ def load_state(file, parts, data_id):
 
 
 def load_run(settings):
-    """(settings, metrics.json) of the run in `settings.resume`. Raises ValueError if any other flag
-    is given, except device and precision."""
+    """(settings, metrics.json) of the run in `settings.resume`. Raises ValueError if there is none,
+    or if flags other than --resume, --device and --precision are given."""
     given = {name: getattr(settings, name) for name in ("resume", "device", "precision")}
     if settings != Settings(**given):
         raise ValueError("--resume takes no other flags than --device and --precision")
     with one_line_error(f"--resume {settings.resume}: no run can be resumed there"):
         saved = json.loads((Path(settings.resume) / "metrics.json").read_text())
         stored = saved["settings"] | {"output_dir": settings.resume}
-        if settings.device not in ("auto", stored["device"]):     # it may not support the old one
+        if settings.device not in ("auto", stored["device"]):     # may lack the old precision
             stored["precision"] = "auto"
         return Settings(**stored | {x: given[x] for x in given if given[x] != "auto"}), saved
 
@@ -1151,7 +1154,7 @@ def main(argv=None):
         return 130
     except (argparse.ArgumentError, ValueError, OSError, FloatingPointError,
             torch.OutOfMemoryError) as error:
-        if os.environ.get("RAIL_KD_DEBUG"):                    # show where a change went wrong
+        if os.environ.get("RAIL_KD_DEBUG"):                    # to debug your changes
             raise
         print(f"rail_kd.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

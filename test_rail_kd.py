@@ -580,8 +580,9 @@ def test_toy_is_balanced_without_repeats_and_the_main_clause_decides():
 def test_metrics_agree_with_their_definitions():
     labels = np.array([1] * 6 + [0] * 14)
     logits = np.eye(2)[[1, 1, 1, 1, 0, 0] + [1] * 3 + [0] * 11]     # TP 4, FN 2, FP 3, TN 11
-    vectors = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[0.6, 0.8]]])        # cosines 0, 0.6, 0.8
-    assert rail_kd.mean_cosine(vectors).item() == pytest.approx(1.4 / 3)
+    rail = RailLoss(2, 2, 1, projection_size=2)
+    rail.teacher_proj = torch.nn.Identity()                         # cosines: 0, 0.6, 0.8
+    assert rail.cosine(torch.tensor([[[2.0, 0]], [[0, 1]], [[3, 4]]])) == pytest.approx(1.4 / 3)
     output, ratings = np.array([[1.0], [2], [2], [4], [9]]), np.array([0.0, 1, 3, 3, 3])
     for found, expected in (
             (rail_kd.compute_metrics(logits, labels, "mrpc"), {
@@ -589,9 +590,8 @@ def test_metrics_agree_with_their_definitions():
             (rail_kd.compute_metrics(logits, labels, "cola"), {
                 "matthews_correlation": (4 * 11 - 3 * 2) / math.sqrt(7 * 6 * 14 * 13)}),
             (rail_kd.compute_metrics(logits[:2], labels[:2], "cola"), {"matthews_correlation": 0}),
-            (rail_kd.compute_metrics(output, ratings, "stsb"), {       # ties share a rank
-                "spearmanr": 7 / math.sqrt(9.5 * 8), "pearson": 11 / math.sqrt(41.2 * 8),
-                "eval_loss": 8.0})):
+            (rail_kd.compute_metrics(output, ratings, "stsb"), {"eval_loss": 8.0,   # ties: one rank
+                "spearmanr": 7 / math.sqrt(9.5 * 8), "pearson": 11 / math.sqrt(41.2 * 8)})):
         assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
