@@ -115,7 +115,7 @@ def sample_layer_map(num_teacher_layers, num_student_layers, rng):
 
 
 def evenly_spaced(n, m):
-    """m of the layers 1..n, evenly spaced; the last one is n."""
+    """m of the layers 1..n, evenly spaced, the last one n: those that a student is cut from."""
     return [round(i * n / m) for i in range(1, m + 1)]
 
 
