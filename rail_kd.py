@@ -13,7 +13,7 @@ them, so that deeper student layers learn from deeper teacher layers:
                           v                        v         v              :
     student layer         1                        2         3              4   <--  labels: CE
 
-    arrows: RAIL. This epoch's draw is 2, 7, 9; the next epoch draws again.
+    arrows down: RAIL. This epoch's draw is 2, 7, 9; the next epoch draws again.
     dots:   KD. The last layers are matched through the logits, so they are left out of the draw.
 
 For each arrow, the outputs of both layers are averaged over the tokens of a sentence, projected to
@@ -46,25 +46,25 @@ and two public re-implementations (aitsc/GLMKD, TKC002/CILDA-plus-minILD). Origi
     draw once per epoch, sorted; weighted sum of the losses                   the paper
     weights 1/3 each; u = 128; mean over tokens, projection, unit length      both implementations
     projections with a bias, at the learning rate of the student              both implementations
-    candidates 1..n-1, k = m-1 pairs: the last layers stay out of the draw    one of them (GLMKD)
-    one projection per side, shared by all pairs; squared distance            one of them (GLMKD)
-    the mean over pairs and sentences, so that RAIL lies in [0, 4]            the other (GLMKD: sum)
-    layer by layer (both of them concatenate the layers: --variant concat)    ours
+    candidates 1..n-1, k = m-1 pairs: the last layers stay out of the draw    GLMKD
+    one projection per side, shared by all pairs; squared distance            GLMKD
+    the mean over pairs and sentences, so that RAIL lies in [0, 4]            CILDA (GLMKD: the sum)
+    layer by layer (both can, but use --variant concat in their settings)     ours
     padding is excluded from the mean over tokens (both include it)           ours
-    temperature 2 (the factor T^2 is standard)                                ours (theirs: 10, 1)
-    10 epochs, learning rate 5e-5, 10 % warm-up, no weight decay or clipping  ours (one: 20, 2e-5)
+    temperature 2 (the factor T^2 is standard)                                ours (10 and 1)
+    10 epochs, learning rate 5e-5, 10 % warm-up, no weight decay or clipping  ours (CILDA: 20, 2e-5)
     the student starts from evenly spaced layers of its teacher               ours
     --centre, against the trivial solution of section 2; off by default       ours
 
-Sections 1 to 3 are the method: 300 lines for one sitting. What to change first: the maps in
-`choose_layers`, the last line of `RailLoss.forward`, the losses in `Distiller.forward`. The code
-between SOLUTION marks is an exercise (README). What calls what, by section:
+Sections 1 to 3, about 300 lines, are the method: read them in one sitting, and stop there. Good
+first changes: a map in `choose_layers`, the last line of `RailLoss.forward`, `Distiller.forward`.
+The code between SOLUTION marks is an exercise (README). What calls what, by section:
 
     §10 main > §9 run > §4 teacher_table                                         once
                       > §3 train > §1 choose_layers > §1 sample_layer_map        in each epoch
                                  > §3 Distiller     > §2 kd_loss, §2 RailLoss    in each step
 
-The other sections are support: 5 models, 6 data, 7 scores, 8 settings.
+The other sections are support: 5 models, 6 data, 7 scores, 8 settings (`settings.x` is flag --x).
 """
 import argparse, contextlib, copy, csv, dataclasses, functools, inspect, json, math
 import os, re, shlex, shutil, sys, time, timeit
@@ -115,22 +115,22 @@ def sample_layer_map(num_teacher_layers, num_student_layers, rng):
 
 
 def evenly_spaced(n, m):
-    """m of the layers 1..n, evenly spaced, the last one n: those that a student is cut from."""
+    """m evenly spaced layers out of 1..n, ending with n: those that a student is cut from."""
     return [round(i * n / m) for i in range(1, m + 1)]
 
 
 def choose_layers(settings, n, m, epoch, step=0):
-    """The teacher layers of an epoch: int array (k,), or (n-1,) for the mapping `attention`; None
-    for `none` and `finetune`. Only maps, not losses, come from other methods: `skip` and `last`
-    from PKD (Sun et al. 2019); and `attention`, where all n-1 candidates teach each student layer,
-    from ALP-KD (Passban et al. 2021)."""
-    if settings.mapping == "random":
-        # Seeded by the epoch, not by what was drawn before: a resumed run draws the same layers.
+    """The teacher layers to learn from, counted from 1; None if the mapping does without RAIL.
+    A new mapping needs a case here and its name in `Settings.mapping`. `skip`, `last` and
+    `attention` borrow only the map of their method, not its loss."""
+    if settings.mapping == "random":               # RAIL-KD: (k,)
+        # Seeded by the epoch, not by earlier draws: a resumed run draws the same layers.
         key = [settings.seed, epoch, step if settings.resample == "step" else 0]
         return sample_layer_map(n, m, np.random.default_rng(key))
-    maps = {"skip": np.array(evenly_spaced(n, m)[:-1]), "last": np.arange(n - m + 1, n),
-            "attention": np.arange(1, n)}
-    return maps.get(settings.mapping)
+    maps = {"skip": np.array(evenly_spaced(n, m)[:-1]),           # PKD (Sun et al. 2019): (k,)
+            "last": np.arange(n - m + 1, n),                      # PKD: (k,)
+            "attention": np.arange(1, n)}          # ALP-KD (Passban et al. 2021): all, (n-1,)
+    return maps.get(settings.mapping)              # none, finetune: None
 
 
 # ---- 2. The losses -----------------------------------------------------------------------------
@@ -143,10 +143,10 @@ def choose_layers(settings, n, m, epoch, step=0):
 # The trivial solution. The projections are trained as well, and they can lower the loss on their
 # own, by mapping every sentence to the same direction. RAIL then teaches the student nothing.
 #
-# How to see it. The loss alone does not show this, so each epoch also reports `cosine`, c: the mean
-# cosine between the projected teacher vectors of *different* sentences. The mean of these vectors
-# is about sqrt(c) long. Without --centre, a student that outputs this one direction for every
-# sentence has a loss of about 2 - 2 sqrt(c). Only a clearly lower loss shows that it learns more.
+# How to see it. Each epoch also reports `cosine`, c: the mean cosine between the projected teacher
+# vectors of *different* sentences. Near 1, they have collapsed. Their mean is about sqrt(c) long,
+# and its direction has a mean cosine of sqrt(c) with them. So without --centre, a student with only
+# this one output has a loss of about 2 - 2 sqrt(c); only a clearly lower one shows that it learns.
 #
 # What --centre does. It subtracts the batch mean from each side before normalisation, which removes
 # the direction that all sentences share. It improved the score on the toy, but not on real text.
@@ -281,10 +281,9 @@ def combined_loss(ce, kd, rail, weights):
 
 # ---- 3. One step, and the loop -----------------------------------------------------------------
 # The frozen teacher gives the same outputs for a sentence in every epoch, so it runs only once,
-# before the loop (section 4), and `teacher_outputs(rows, layers)` looks its outputs up. Functions
-# from further down: model_outputs and label_loss (this section), make_batch (4), lengths_of,
-# length_batches and fingerprint (6), load_state, save_state and progress, and for several GPUs
-# rank_and_world, own_rows and sum_over_processes (10).
+# before the loop (section 4), and `teacher_outputs(rows, layers)` looks its outputs up. In `train`,
+# skip at first what has rank, world, share, state or scaler in its name: it is for several GPUs,
+# for resuming a killed run, and for fp16.
 
 
 class Distiller(nn.Module):
@@ -315,14 +314,14 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
     a teacher of n layers, see section 4; without it (mapping `finetune`), the model learns from the
     labels alone. `after_epoch(history, layers)` may add scores to the last dict. All randomness
     comes from seed and epoch: a killed run resumes after its last full epoch, on a CPU bit for bit.
-    Raises FloatingPointError if a loss is not finite, ValueError if the state is of other data."""
+    Raises FloatingPointError (a loss is not finite) or ValueError (the data have changed)."""
     rank, world = rank_and_world()
     student = distiller.student
     steps = math.ceil(len(data) / settings.batch_size) * settings.epochs
     optimizer, schedule, scaler = make_optimizer(distiller, settings, steps)
     parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     data_id = fingerprint(data)
-    history = load_state(state_file, parts, data_id)
+    history = load_state(state_file, parts, data_id)           # fills `parts` if there is a state
     model, m, lengths = distiller, student.config.num_hidden_layers, lengths_of(data)
     if world > 1:                          # some models, such as XLNet, have unused weights
         model = nn.parallel.DistributedDataParallel(distiller, find_unused_parameters=True)
@@ -332,17 +331,17 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
         sums = torch.zeros(4, device=student.device)
         layers = choose_layers(settings, n, m, epoch)                           # the draw: (k,)
         seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
-        torch.manual_seed(seed + rank)                                          # for dropout
+        torch.manual_seed(seed + rank)             # for dropout; `seed` mixes run and epoch
         distiller.train()
         batches = length_batches(lengths, settings.batch_size, seed)
         for step, rows in enumerate(progress(batches, f"epoch {epoch}")):
             if settings.resample == "step":
                 layers = choose_layers(settings, n, m, epoch, step)
-            own, share = own_rows(rows)            # one process: all rows, and 1
+            own, share = own_rows(rows)            # this process's part; all rows, 1 if alone
             batch = make_batch(data, tokenizer, own, student.device)
             teacher_side = () if teacher_outputs is None else teacher_outputs(own, layers)
             losses = model(batch, *teacher_side)                                # (4,)
-            # losses[3] is the total. DDP averages gradients; the factor `world` makes that a sum.
+            # losses[3] is the total. DDP averages over processes; times `world`, that is a sum.
             scaler.scale(losses[3] * share * world).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -352,8 +351,8 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
         # Reading the sums waits for the device, so the clock is read afterwards.
         ce, kd, rail, total = sum_over_processes(sums, f"the loss of epoch {epoch}").tolist()
         seconds = time.perf_counter() - start
-        one_map = settings.mapping in ("random", "skip", "last") and settings.resample == "epoch"
-        history.append({"epoch": epoch, "layers": layers.tolist() if one_map else None,
+        no_map = layers is None or settings.mapping == "attention" or settings.resample == "step"
+        history.append({"epoch": epoch, "layers": None if no_map else layers.tolist(),
                         "seconds": seconds, "examples_per_second": len(data) / seconds,
                         "ce": ce, "kd": kd, "rail": rail, "total": total})
         after_epoch(history, layers)
@@ -364,7 +363,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
 def make_optimizer(distiller, settings, steps):
     """(AdamW, its learning-rate schedule over `steps` steps, the loss scaler)."""
     groups = [{"params": distiller.student.parameters(), "lr": settings.learning_rate}]
-    if distiller.rail_loss:        # projections start at random: they may need their own rate
+    if distiller.rail_loss is not None:    # projections start at random: perhaps at another rate
         rate = settings.projection_learning_rate or settings.learning_rate
         groups.append({"params": distiller.rail_loss.parameters(), "lr": rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
@@ -437,7 +436,8 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
     width 1024. A table that an earlier run left in the folder `parent` is reused; its name is a
     hash of the model, the sentences and what else shapes the outputs. Raises ValueError if the disk
     has too little space."""
-    # Labels are left out, so that the same sentences with other labels can share a table.
+    # Labels are left out, so that the same sentences with other labels can share a table. The code
+    # of two functions is in: after a change to one of them, the table is made anew.
     name = fingerprint(data.remove_columns("label"), str(teacher.config), tokenizer.padding_side,
                        settings.precision, mean_pool.__code__, model_outputs.__code__,
                        *teacher.state_dict().values())
@@ -512,8 +512,8 @@ def load_classifier(name, feature, seed, role):
 
 def align_labels(model, feature):
     """Gives a model the data's label names, in place, and puts its logits in the data's order.
-    Some MNLI checkpoints number the classes differently from GLUE. A student of such a teacher
-    would silently learn the wrong ones. If the model has the data's names in another
+    Some MNLI checkpoints number the classes differently from GLUE, and a student would silently
+    learn the wrong ones. If the model has the data's names in another
     order, perhaps in another case, the rows of its last linear layer are reordered. Any other names
     (LABEL_0) are replaced, and the order is kept. For regression, the name is kept."""
     config, names = model.config, getattr(feature, "names", list(model.config.id2label.values()))
@@ -987,8 +987,8 @@ def run(settings):
               functools.partial(after_epoch, results["teacher"], teacher_args, None, None))
         save(folder / "teacher", lambda to: [x.save_pretrained(to) for x in (teacher, tokenizer)])
         print(f"It can be used again with --teacher {shlex.quote(str(folder / 'teacher'))}")
-        # Continue as a resumed run, which loads folder/teacher like any other teacher. Free the
-        # memory of these models first.
+        # Continue as a resumed run, which loads folder/teacher like any other teacher: from here
+        # on, there is one path. Free the memory of these models first.
         del teacher, student, teacher_args, student_args
         return run(Settings(resume=str(folder), device=settings.device,
                             precision=settings.precision))
