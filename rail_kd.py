@@ -452,7 +452,7 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
     if not done:
         print(f"The teacher runs once; {2e-6 * size:,.1f} MB of outputs go to {folder}")
         logits = torch.from_numpy(predict(teacher, data, tokenizer, settings.precision, pooled))
-        save(folder / "logits.pt", lambda temporary: torch.save(logits, temporary))
+        save(folder / "logits.pt", lambda tmp: torch.save(logits, tmp))
     logits = torch.load(folder / "logits.pt", weights_only=True)
 
     def teacher_outputs(rows, layers):             # layers is None if there is no RAIL
@@ -611,8 +611,7 @@ def toy_sentences(seed, sizes):
             clauses.append(" ".join(f"{topic} is {degree} {adjective}".split()))
             labels.append(int(positive ^ negated))
         label_of.setdefault(rng.choice(FORMS).format(*clauses).capitalize(), labels[0])
-    columns = {"sentence1": list(label_of), "label": list(label_of.values())}
-    data = datasets.Dataset.from_dict(columns)
+    data = datasets.Dataset.from_dict({"sentence1": [*label_of], "label": [*label_of.values()]})
     data = data.cast_column("label", datasets.ClassLabel(names=["negative", "positive"]))
     return [data.select(range(end - size, end)) for size, end in zip(sizes, np.cumsum(sizes))]
 
@@ -1080,27 +1079,26 @@ def sum_over_processes(tensor, what):
 
 
 def save(path, write):
-    """Calls write(temporary) in the first process; the file or folder that it makes appears at
+    """Calls write(tmp) in the first process; the file or folder that it makes appears at
     `path` as a whole or not at all. Raises OSError; what was at `path` is then unchanged."""
-    temporary = path.with_name(f"{path.name}.part")
+    tmp = path.with_name(f"{path.name}.part")
     with one_line_error(f"{path} could not be written, and is unchanged", OSError):
         if rank_and_world()[0] == 0:
-            write(temporary)
-            os.replace(temporary, path)
+            write(tmp)
+            os.replace(tmp, path)
     from_rank_0()                                  # all processes wait until it is written
 
 
 def save_json(path, content):
     """Writes a JSON file, as `save` does (in ASCII, so the encoding does not matter)."""
-    text = json.dumps(content, indent=2, allow_nan=False)
-    save(path, lambda temporary: temporary.write_text(text))
+    save(path, lambda tmp: tmp.write_text(json.dumps(content, indent=2, allow_nan=False)))
 
 
 def save_state(file, parts, data_id, history):
     """Saves what a killed run needs to resume. `data_id`: see `fingerprint`."""
     state = {name: part.state_dict() for name, part in parts.items()}
     state |= {"history": history, "data": data_id}
-    save(file, lambda temporary: torch.save(state, temporary))
+    save(file, lambda tmp: torch.save(state, tmp))
 
 
 def load_state(file, parts, data_id):
