@@ -29,10 +29,11 @@ The toy run ends with:
     teacher      12     413,122        1.7             3.80  1.0000
     student       4     145,346        0.6             1.37  0.9930
 
-Seed 0 did better than most. Mean accuracy +- standard deviation over ten seeds, one teacher:
-labels alone (--mapping finetune) 0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028,
-RAIL-KD 0.963 +- 0.029, RAIL-KD with --centre (subtract the batch mean first) 0.987 +- 0.019. In
-none of our tests did RAIL-KD without --centre beat vanilla KD; see the README.
+A fifth of the student's labels are wrong on purpose. Seed 0 did better than most; mean accuracy
++- standard deviation over ten seeds, one teacher: labels alone (--mapping finetune) 0.880 +- 0.011,
+vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963 +- 0.029, RAIL-KD with --centre (subtract
+the batch mean first) 0.987 +- 0.019. In none of our tests did RAIL-KD without --centre beat vanilla
+KD; see the README.
 
 Notation: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
@@ -144,9 +145,10 @@ def choose_layers(settings, n, m, epoch, step=0):
 # own, by mapping every sentence to the same direction. RAIL then teaches the student nothing.
 #
 # How to see it. Each epoch also reports `cosine`, c: the mean cosine between the projected teacher
-# vectors of *different* sentences. Near 1, they have collapsed. Their mean is about sqrt(c) long,
-# and its direction has a mean cosine of sqrt(c) with them. So without --centre, a student with only
-# this one output has a loss of about 2 - 2 sqrt(c); only a clearly lower one shows that it learns.
+# vectors of *different* sentences. Near 1, they have collapsed. The mean of these unit vectors is
+# about sqrt(c) long, and that is also their mean cosine with its direction. So without --centre, a
+# student that projects every sentence to that direction has a loss of about 2 - 2 sqrt(c); only a
+# clearly lower one shows that it learns. (Compare late epochs: c is measured after the epoch.)
 #
 # What --centre does. It subtracts the batch mean from each side before normalisation, which removes
 # the direction that all sentences share. It improved the score on the toy, but not on real text.
@@ -282,8 +284,7 @@ def combined_loss(ce, kd, rail, weights):
 # ---- 3. One step, and the loop -----------------------------------------------------------------
 # The frozen teacher gives the same outputs for a sentence in every epoch, so it runs only once,
 # before the loop (section 4), and `teacher_outputs(rows, layers)` looks its outputs up. In `train`,
-# skip at first what has rank, world, share, state or scaler in its name: it is for several GPUs,
-# for resuming a killed run, and for fp16.
+# skip at first: rank, world, share (several GPUs), state, parts, data_id (resuming), scaler (fp16).
 
 
 class Distiller(nn.Module):
@@ -322,7 +323,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
     parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     data_id = fingerprint(data)
     history = load_state(state_file, parts, data_id)           # fills `parts` if there is a state
-    model, m, lengths = distiller, student.config.num_hidden_layers, lengths_of(data)
+    m, lengths, model = student.config.num_hidden_layers, lengths_of(data), distiller
     if world > 1:                          # some models, such as XLNet, have unused weights
         model = nn.parallel.DistributedDataParallel(distiller, find_unused_parameters=True)
 
@@ -341,7 +342,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
             batch = make_batch(data, tokenizer, own, student.device)
             teacher_side = () if teacher_outputs is None else teacher_outputs(own, layers)
             losses = model(batch, *teacher_side)                                # (4,)
-            # losses[3] is the total. DDP averages over processes; times `world`, that is a sum.
+            # losses[3] is the total. DDP averages gradients over processes; `world` makes it a sum.
             scaler.scale(losses[3] * share * world).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -513,9 +514,9 @@ def load_classifier(name, feature, seed, role):
 def align_labels(model, feature):
     """Gives a model the data's label names, in place, and puts its logits in the data's order.
     Some MNLI checkpoints number the classes differently from GLUE, and a student would silently
-    learn the wrong ones. If the model has the data's names in another
-    order, perhaps in another case, the rows of its last linear layer are reordered. Any other names
-    (LABEL_0) are replaced, and the order is kept. For regression, the name is kept."""
+    learn the wrong ones. If the model has the data's names in another order, perhaps in another
+    case, the rows of its last linear layer are reordered. Any other names (LABEL_0) are replaced,
+    and the order is kept. For regression, the name is kept."""
     config, names = model.config, getattr(feature, "names", list(model.config.id2label.values()))
     # Letter case is ignored, unless two classes differ in nothing else.
     fold = str.lower if len(set(map(str.lower, names))) == len(names) else str
@@ -984,7 +985,7 @@ def run(settings):
         data = teacher_sets.get("teacher_train", teacher_sets["train"])
         train(Distiller(teacher, None, tuning), data, tokenizer, tuning, folder / "teacher.pt",
               functools.partial(after_epoch, results["teacher"], teacher_args, None, None))
-        save(folder / "teacher", lambda to: [x.save_pretrained(to) for x in (teacher, tokenizer)])
+        save(folder / "teacher", lambda tmp: [x.save_pretrained(tmp) for x in (teacher, tokenizer)])
         print(f"It can be used again with --teacher {shlex.quote(str(folder / 'teacher'))}")
         # Continue as a resumed run, which loads folder/teacher like any other teacher: from here
         # on, there is one path. Free the memory of these models first.
@@ -1015,7 +1016,7 @@ def run(settings):
     save_json(folder / "metrics.json", results)
     # Saved last, because it marks the run as finished.
     save(folder / "student",
-         lambda to: [x.save_pretrained(to) for x in (student, student_tokenizer)])
+         lambda tmp: [x.save_pretrained(tmp) for x in (student, student_tokenizer)])
     metric = next(iter(results["student"]))
     print(f"\n         layers  parameters  megabytes  ms per sentence  {metric}")
     for role in ("teacher", "student"):
