@@ -29,11 +29,10 @@ The toy run ends with:
     teacher      12     413,122        1.7             3.80  1.0000
     student       4     145,346        0.6             1.37  0.9930
 
-A fifth of the student's labels are wrong on purpose. Seed 0 did better than most; mean accuracy
-+- standard deviation over ten seeds, one teacher: labels alone (--mapping finetune) 0.880 +- 0.011,
-vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963 +- 0.029, RAIL-KD with --centre (subtract
-the batch mean first) 0.987 +- 0.019. In none of our tests did RAIL-KD without --centre beat vanilla
-KD; see the README.
+A fifth of the student's labels are wrong on purpose. Seed 0 did better than most; over ten seeds
+with one teacher, accuracy (mean +- standard deviation) is: labels alone (--mapping finetune) 0.880
++- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963 +- 0.029, with --centre 0.987
++- 0.019. In none of our tests did RAIL-KD without --centre beat vanilla KD; see the README.
 
 Notation: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
@@ -50,7 +49,7 @@ and two public re-implementations (aitsc/GLMKD, TKC002/CILDA-plus-minILD). Origi
     candidates 1..n-1, k = m-1 pairs: the last layers stay out of the draw    GLMKD
     one projection per side, shared by all pairs; squared distance            GLMKD
     the mean over pairs and sentences, so that RAIL lies in [0, 4]            CILDA (GLMKD: the sum)
-    layer by layer (both can, but use --variant concat in their settings)     ours
+    layer by layer (their published settings join them: --variant concat)     ours
     padding is excluded from the mean over tokens (both include it)           ours
     temperature 2 (the factor T^2 is standard)                                ours (10 and 1)
     10 epochs, learning rate 5e-5, 10 % warm-up, no weight decay or clipping  ours (CILDA: 20, 2e-5)
@@ -270,7 +269,7 @@ def kd_loss(student_logits, teacher_logits, temperature):
 def combined_loss(ce, kd, rail, weights):
     """The objective w1 * CE + w2 * KD + w3 * RAIL, a scalar.
 
-    Args: ce, kd, rail: scalars: tensors (gradients flow back) or plain numbers; weights
+    Args: ce, kd, rail: scalars, as tensors (gradients flow back) or plain numbers; weights
         (w1, w2, w3), each >= 0, with sum 1.
     Raises: ValueError unless there are three weights, all >= 0 (not NaN), with sum 1 (to 1e-6)."""
     ### BEGIN SOLUTION
@@ -384,7 +383,7 @@ def label_loss(logits, labels):
 
 def model_outputs(model, batch, precision="fp32", pool=False):
     """Logits (B, C), and with `pool` the pooled layers 1..n (B, n, d), else None; in float32."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16           # unused in fp32
     with torch.autocast(model.device.type, dtype, enabled=precision != "fp32"):
         # Without labels: the model must not compute a loss of its own.
         out = model(**dict(batch, labels=None), output_hidden_states=pool)
@@ -435,8 +434,8 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
 
     The layers are kept in half precision, in a memory-mapped file: 19 GB for MNLI with 24 layers of
     width 1024. A table that an earlier run left in the folder `parent` is reused; its name is a
-    hash of the model, the sentences and what else shapes the outputs. Raises ValueError if the disk
-    has too little space."""
+    hash of the model, the sentences and all else that affects the outputs. Raises ValueError if the
+    disk has too little space."""
     # Labels are left out, so that the same sentences with other labels can share a table. The code
     # of two functions is in: after a change to one of them, the table is made anew.
     name = fingerprint(data.remove_columns("label"), str(teacher.config), tokenizer.padding_side,
@@ -557,8 +556,8 @@ def build_student(teacher, num_layers):
 
 
 def encode_and_check(model, tokenizer, sets, settings, role):
-    """Encodes all data for one model, gives the model the data's labels, and tries it on the
-    shortest and the longest training example. Raises ValueError, before anything slow begins, if
+    """Encodes all data for one model, gives the model the data's label names, and tries it on
+    the shortest and longest training examples. Raises ValueError, before anything slow begins, if
     the method can't use the model: no attention mask, hidden states that are missing or of another
     shape, too few positions, a precision that it can't run in."""
     model.to(settings.device)
@@ -754,8 +753,8 @@ def compute_metrics(logits, labels, task=None, teacher_logits=None):
     if logits.shape[1] == 1:
         return {"pearson": correlation(logits[:, 0], labels),
                 "spearmanr": correlation(logits[:, 0], labels, "spearman")} | loss
-    # (N,). F1 and Matthews are for classes 0 and 1, where Matthews equals Pearson's correlation.
-    predicted = logits.argmax(axis=1)
+    predicted = logits.argmax(axis=1)              # (N,)
+    # F1 and Matthews are for classes 0 and 1, where Matthews equals Pearson's correlation.
     values = {"accuracy": np.mean(predicted == labels),
               "f1": 2 * np.sum(predicted * labels) / max(np.sum(predicted + labels), 1),
               "matthews_correlation": correlation(predicted, labels)}
@@ -904,8 +903,8 @@ class Settings:
 def run(settings):
     """From Settings to a student on disk; returns what metrics.json holds.
 
-    The run's folder will also hold student/ and, if it was fine-tuned here, teacher/, ready for
-    transformers' pipeline. Until the run ends, *.pt holds the state after the last epoch. A resumed
+    The run's folder will also hold student/ and, if the teacher was fine-tuned here, teacher/, both
+    ready for transformers' pipeline. Until the run ends, *.pt holds the state after the last epoch. A resumed
     run repeats these steps and reuses what it finds. Raises ValueError, OSError or
     FloatingPointError, each with a message for the user.
     """
