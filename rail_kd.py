@@ -904,8 +904,8 @@ def run(settings):
     """From Settings to a student on disk; returns what metrics.json holds.
 
     The run's folder will also hold student/ and, if the teacher was fine-tuned here, teacher/, both
-    ready for transformers' pipeline. Until the run ends, *.pt holds the state after the last epoch. A resumed
-    run repeats these steps and reuses what it finds. Raises ValueError, OSError or
+    ready for transformers' pipeline. Until the run ends, *.pt holds the state after the last epoch.
+    A resumed run repeats these steps and reuses what it finds. Raises ValueError, OSError or
     FloatingPointError, each with a message for the user.
     """
     transformers.utils.logging.set_verbosity_error()
