@@ -52,7 +52,7 @@ and two public re-implementations (aitsc/GLMKD, TKC002/CILDA-plus-minILD). Origi
     layer by layer (their published settings join them: --variant concat)     ours
     padding is excluded from the mean over tokens (both include it)           ours
     temperature 2 (the factor T^2 is standard)                                ours (10 and 1)
-    10 epochs, learning rate 5e-5, 10 % warm-up, no weight decay or clipping  ours (CILDA: 20, 2e-5)
+    10 epochs, learning rate 5e-5, 10% warm-up, no weight decay or clipping   ours (CILDA: 20, 2e-5)
     the student starts from evenly spaced layers of its teacher               ours
     --centre, against the trivial solution of section 2; off by default       ours
 
@@ -90,8 +90,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 #   one of 165 equally likely maps.
 #
 #   Over a run, nearly every layer gets to teach, although each step compares only k pairs. For
-#   12 -> 4, the probability that a given layer sits out is 1 - k/(n-1) = 72.7 % for one epoch,
-#   20.3 % for five in a row, and 4.1 % for ten.
+#   12 -> 4, the probability that a given layer sits out is 1 - k/(n-1) = 72.7% for one epoch,
+#   20.3% for five in a row, and 4.1% for ten.
 
 
 def sample_layer_map(num_teacher_layers, num_student_layers, rng):
@@ -443,12 +443,14 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
                        *teacher.state_dict().values())
     shape = len(data), teacher.config.num_hidden_layers, teacher.config.hidden_size    # (N, n, d_t)
     size, folder = math.prod(shape), parent / f"table-{name}"
-    done = from_rank_0((folder / "logits.pt").exists())        # logits.pt is written last
+    file = folder / "pooled.bin"                   # large: it may have been deleted meanwhile
+    done = from_rank_0(file.exists() and file.stat().st_size == 2 * size
+                       and (folder / "logits.pt").exists())            # which is written last
     if not done and 2 * size > shutil.disk_usage(parent).free:
         raise ValueError(f"{parent} has no room for the teacher's outputs ({2e-9 * size:.1f} GB)")
     folder.mkdir(exist_ok=True)
-    file = str(folder / "pooled.bin")              # shared: what is written to it reaches the disk
-    pooled = torch.from_file(file, shared=True, size=size, dtype=torch.half).view(shape)
+    # shared: what is written to it reaches the disk
+    pooled = torch.from_file(str(file), shared=True, size=size, dtype=torch.half).view(shape)
     if not done:
         print(f"The teacher runs once; {2e-6 * size:,.1f} MB of outputs go to {folder}")
         logits = torch.from_numpy(predict(teacher, data, tokenizer, settings.precision, pooled))
@@ -496,6 +498,8 @@ def load_classifier(name, feature, seed, role):
     with one_line_error(f"no {role} that fits the data can be loaded from {name!r}"):
         # No code from the hub can run here, whether a model's own or in a pickle (weights_only).
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+            raise ValueError("it has no tokenizer: save that in the folder, too")
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=getattr(feature, "num_classes", 1), ignore_mismatched_sizes=True,
             trust_remote_code=False, output_loading_info=True)
@@ -557,7 +561,7 @@ def build_student(teacher, num_layers):
 
 def encode_and_check(model, tokenizer, sets, settings, role):
     """Encodes all data for one model, gives the model the data's label names, and tries it on
-    the shortest and longest training examples. Raises ValueError, before anything slow begins, if
+    the shortest and longest example of each set. Raises ValueError, before anything slow begins, if
     the method can't use the model: no attention mask, hidden states that are missing or of another
     shape, too few positions, a precision that it can't run in."""
     model.to(settings.device)
@@ -567,9 +571,10 @@ def encode_and_check(model, tokenizer, sets, settings, role):
         if "attention_mask" not in sets["train"].column_names:
             raise ValueError("it has no attention mask, so padding would count as text")
         align_labels(model, sets["train"].features["label"])
-        extremes = sets["train"].select(np.argsort(lengths_of(sets["train"]))[[0, -1]])
         pooled = torch.zeros(2, model.config.num_hidden_layers, model.config.hidden_size)
-        predict(model, extremes, tokenizer, settings.precision, pooled)
+        for data in sets.values():
+            extremes = data.select(np.argsort(lengths_of(data))[[0, -1]])
+            predict(model, extremes, tokenizer, settings.precision, pooled)
     return sets
 
 
@@ -657,7 +662,7 @@ def cast_labels(data, train=None):
         raise ValueError("labels must differ, and be all names or all numbers")
     if numbers and not all(x.lstrip("+-").isdigit() for x in labels):
         return data.cast_column("label", datasets.Value("float32"))
-    classes = sorted(labels, key=int if numbers else None)
+    classes = sorted(sorted(labels), key=int if numbers else None)         # 1 before 01
     return data.cast_column("label", datasets.ClassLabel(names=classes))
 
 

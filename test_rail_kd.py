@@ -1,8 +1,7 @@
 """What rail_kd.py promises. `pytest` runs everything, offline, in about a minute on two CPU cores.
 The order is that of the file. The name of a test says the property; expected values come from
 formulas in float64, not from the module. `pytest -q -x -k NAME` with sample_layer_map, mean_pool,
-RailLoss, kd_loss or combined_loss checks one exercise.
-"""
+RailLoss, kd_loss or combined_loss checks one exercise."""
 import csv, inspect, itertools, json, math, os, re, shutil, sys, tempfile
 os.environ.setdefault("OMP_NUM_THREADS", "1")      # before torch: small tensors, busy cores
 os.environ["HF_HUB_OFFLINE"] = "1"                 # no test may reach for the network,
@@ -215,8 +214,7 @@ def test_RailLoss_sends_its_gradient_to_all_but_the_teacher(variant):
     right = torch.autograd.grad(rail_by_hand(loss, student, teacher, variant, False), sources)
     loss(student, teacher.requires_grad_()).backward()
     for name, x, grad in zip(("student_pooled", "student_proj", "teacher_proj"), sources, right):
-        hint = f"{variant}: no (or not the right) gradient reaches {name}: is a step detached?"
-        close(x.grad, grad, hint)
+        close(x.grad, grad, f"{variant}: no, or a wrong, gradient reaches {name}: detached?")
     check(teacher.grad is None or not teacher.grad.any(), "detach teacher_pooled: it is a target")
 
 
@@ -300,16 +298,13 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(name, rule, arguments):
 
 
 # ---- 3. One step and the loop ------------------------------------------------------------------
-# A small teacher and student, ten sentences of 3 to 30 tokens, four epochs of three steps (the last
-# one of two sentences). The oracle redoes each step by hand: one sentence at a time, no padding.
-
+# Ten sentences, four epochs of three steps. The oracle redoes each step, one sentence at a time.
 STEPS = dict(epochs=4, batch_size=4, learning_rate=0.01, seed=3, weights=[0.5, 0.3, 0.2],
              projection_learning_rate=0.02, temperature=3.0, precision="fp32", device="cpu")
 WAYS = {"layerwise": {}, "concat": dict(variant="concat"), "centred": dict(centre=True),
         "attention": dict(mapping="attention", variant="attention"),
         "each step": dict(resample="step"), "skip": dict(mapping="skip"),
         "fp16": dict(precision="fp16"), "none": dict(mapping="none", weights=[0.625, 0.375, 0.0])}
-
 RNG, LENGTHS = np.random.default_rng(0), [3, 30, 7, 12, 21, 5, 17, 9, 26, 14]
 DATA = datasets.Dataset.from_dict({
     "input_ids": [RNG.integers(5, 40, n).tolist() for n in LENGTHS],
@@ -373,8 +368,7 @@ def by_hand(way, batches):
         kd, loss = kd_by_hand(*logits, 3.0), torch.zeros(())
         if layers is not None:
             s, t = (torch.stack(side).unflatten(0, (len(rows), -1)) for side in pooled)
-            # what the table keeps is rounded to half precision
-            loss = rail_by_hand(rail, s, t.half(), settings.variant, settings.centre)
+            loss = rail_by_hand(rail, s, t.half(), settings.variant, settings.centre)  # as stored
         total = sum(weight * x for weight, x in zip(settings.weights, (ce, kd, loss)))
         for group, rate in zip(optimizer.param_groups, (0.01, 0.02)):
             group["lr"] = rate * (12 - step) / 11 if step else 0.0     # of 12 steps, one is warm-up
@@ -448,11 +442,13 @@ def job(world, out, **more):
 
 @needs_all
 def test_table_is_shared_until_pooling_or_configuration_changes(world, tmp_path, monkeypatch):
-    teacher = shutil.copytree(world / "teacher", tmp_path / "teacher")
+    teacher, history = shutil.copytree(world / "teacher", tmp_path / "teacher"), []
     def tables_after(name, **way):
-        run(job(world, tmp_path / name, teacher=str(teacher), **way))
+        history.extend(run(job(world, tmp_path / name, teacher=str(teacher), **way))["epochs"])
         return len(list(teacher.glob("table-*")))
     assert tables_after("first") == 1
+    next(teacher.glob("table-*/pooled.bin")).unlink()          # somebody needed the space
+    assert tables_after("anew") == 1 and history[0]["total"] == history[1]["total"]
     assert tables_after("skip", mapping="skip", seed=5) == tables_after("c", variant="concat") == 1
     monkeypatch.setattr(rail_kd, "mean_pool", lambda hidden, mask: hidden.float().mean(dim=1))
     assert tables_after("pooling") == 2
@@ -759,11 +755,15 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(world, tmp_p
     assert "broken" in line(teacher=world / "teacher", student=tmp_path / "broken")
     three = write_csv(tmp_path / "three.csv", [("a", 0), ("b", 1), ("c", 2)])
     assert "classes" in line(train_file=three, validation_file=three, teacher=world / "teacher")
-    for name, hint in (("Deberta", "--precision fp32"), ("FNet", "attention mask")):
-        shutil.copytree(world / "teacher", tmp_path / name)            # for its tokenizer
-        model = small(name, 6, 16, num_labels=2, vocab_size=70, tpu_short_seq_length=16)
+    long = write_csv(tmp_path / "long.csv", [("very " * 30, "good"), ("very", "bad")])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world / "teacher")
+    for name, hint in (("Deberta", "--precision fp32"), ("FNet", "mask"), ("Roberta", "Roberta")):
+        model = small(name, 6, 16, num_labels=2, vocab_size=70, max_position_embeddings=20)
         model.save_pretrained(tmp_path / name)
-        assert hint in line(teacher=tmp_path / name, precision="bf16", student_layers=2)
+        assert "no tokenizer" in line(teacher=tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        assert hint in line(teacher=tmp_path / name, precision="bf16", student_layers=2,
+                            validation_file=long, max_length=19)       # Roberta: up to 18
     assert not (tmp_path / "out").exists()
 
 
