@@ -29,10 +29,10 @@ The toy run ends with:
     teacher      12     413,122        1.7             3.80  1.0000
     student       4     145,346        0.6             1.37  0.9930
 
-A fifth of the student's labels are wrong on purpose. Seed 0 did better than most; over ten seeds
-with one teacher, accuracy (mean +- standard deviation) is: labels alone (--mapping finetune) 0.880
-+- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963 +- 0.029, with --centre 0.987
-+- 0.019. In none of our tests did RAIL-KD without --centre beat vanilla KD; see the README.
+A fifth of the student's labels are wrong on purpose. Seed 0 is one of the better ones. Over ten
+seeds with one teacher, accuracy (mean +- standard deviation) is: labels alone (--mapping finetune)
+0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963 +- 0.029, with --centre
+0.987 +- 0.019. In none of our tests did RAIL-KD without --centre beat vanilla KD; see the README.
 
 Notation: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
@@ -51,20 +51,20 @@ and two public re-implementations (aitsc/GLMKD, TKC002/CILDA-plus-minILD). Origi
     the mean over pairs and sentences, so that RAIL lies in [0, 4]            CILDA (GLMKD: the sum)
     layer by layer (their published settings join them: --variant concat)     ours
     padding is excluded from the mean over tokens (both include it)           ours
-    temperature 2 (the factor T^2 is standard)                                ours (10 and 1)
+    temperature 2 (the factor T^2 is standard)                                ours (GLMKD: 10)
     10 epochs, learning rate 5e-5, 10% warm-up, no weight decay or clipping   ours (CILDA: 20, 2e-5)
     the student starts from evenly spaced layers of its teacher               ours
     --centre, against the trivial solution of section 2; off by default       ours
 
-Sections 1 to 3, about 300 lines, are the method: read them in one sitting, and stop there. Good
-first changes: a map in `choose_layers`, the last line of `RailLoss.forward`, `Distiller.forward`.
-The code between SOLUTION marks is an exercise (README). What calls what, by section:
+Sections 1 to 3, about 300 lines, are the method: read them in one sitting. The rest is support.
 
-    §10 main > §9 run > §4 teacher_table                                         once
-                      > §3 train > §1 choose_layers > §1 sample_layer_map        in each epoch
-                                 > §3 Distiller     > §2 kd_loss, §2 RailLoss    in each step
+    run (9) > teacher_table (4)                                                 once
+            > train (3) > choose_layers (1) > sample_layer_map (1)              in each epoch
+                        > Distiller (3) > model_outputs (3) > mean_pool (2)     in each step
+                                        > label_loss, kd_loss, RailLoss, combined_loss (2)
 
-The other sections are support: 5 models, 6 data, 7 scores, 8 settings (`settings.x` is flag --x).
+Good first changes: a map in `choose_layers`, the distance in `RailLoss.forward`, a fourth loss in
+`Distiller.forward`. Code between SOLUTION marks is an exercise (README). `settings.x` is flag --x.
 """
 import argparse, contextlib, copy, csv, dataclasses, functools, inspect, json, math
 import os, re, shlex, shutil, sys, time, timeit
@@ -83,15 +83,13 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 # ---- 1. The draw -------------------------------------------------------------------------------
 # A draw of 2, 7, 9 is a map: teacher layer 2 teaches student layer 1, 7 teaches 2, and 9 teaches 3.
 # Two facts about these maps, both checked in the tests and the notebook:
-#
-#   On average, they are evenly spaced. The i-th smallest of k distinct uniform draws from 1..n-1
-#   has mean i*n/(k+1) = i*n/m: for 12 -> 4, layers 3, 6 and 9, the map that PKD calls "skip". Only
-#   the means agree: student layer 1's most likely partner is teacher layer 1, and 3, 6, 9 is just
-#   one of 165 equally likely maps.
-#
-#   Over a run, nearly every layer gets to teach, although each step compares only k pairs. For
-#   12 -> 4, the probability that a given layer sits out is 1 - k/(n-1) = 72.7% for one epoch,
-#   20.3% for five in a row, and 4.1% for ten.
+# 1. On average, they are evenly spaced. The i-th smallest of k distinct uniform draws from 1..n-1
+#    has mean i*n/(k+1) = i*n/m: for 12 -> 4, layers 3, 6 and 9, the map that PKD calls "skip". Only
+#    the means agree: student layer 1's most likely partner is teacher layer 1, and 3, 6, 9 is just
+#    one of 165 equally likely maps.
+# 2. Over a run, nearly every layer gets to teach, although each step compares only k pairs. For
+#    12 -> 4, the probability that a given layer sits out is 1 - k/(n-1) = 72.7% for one epoch,
+#    20.3% for five in a row, and 4.1% for ten.
 
 
 def sample_layer_map(num_teacher_layers, num_student_layers, rng):
@@ -115,12 +113,12 @@ def sample_layer_map(num_teacher_layers, num_student_layers, rng):
 
 
 def evenly_spaced(n, m):
-    """m evenly spaced layers out of 1..n, ending with n: those that a student is cut from."""
+    """m evenly spaced layers out of 1..n, ending with n: the layers that a student keeps."""
     return [round(i * n / m) for i in range(1, m + 1)]
 
 
 def choose_layers(settings, n, m, epoch, step=0):
-    """The teacher layers to learn from, counted from 1; None if the mapping does without RAIL.
+    """The teacher layers to learn from, counted from 1; None if the mapping does not use RAIL.
     A new mapping needs a case here and its name in `Settings.mapping`. `skip`, `last` and
     `attention` borrow only the map of their method, not its loss."""
     if settings.mapping == "random":               # RAIL-KD: (k,)
@@ -140,16 +138,16 @@ def choose_layers(settings, n, m, epoch, step=0):
 #
 # For unit vectors, || s - t ||^2 = 2 - 2 cos(s, t): 0 for equal directions, 4 for opposite ones.
 #
-# The trivial solution. The projections are trained as well, and they can lower the loss on their
-# own, by mapping every sentence to the same direction. RAIL then teaches the student nothing.
+# The trivial solution. The projections are trained, too, and can lower the loss on their own, by
+# sending every sentence in the same direction. RAIL then teaches the student nothing.
 #
-# How to see it. Each epoch also reports `cosine`, c: the mean cosine between the projected teacher
-# vectors of *different* sentences. Near 1, they have collapsed. The mean of these unit vectors is
-# about sqrt(c) long, and that is also their mean cosine with its direction. So without --centre, a
-# student that projects every sentence to that direction has a loss of about 2 - 2 sqrt(c); only a
-# clearly lower one shows that it learns. (Compare late epochs: c is measured after the epoch.)
+# How to see it. Each epoch ends with `cosine`, c: the mean cosine between the projected teacher
+# vectors of different sentences (the first 256). If c is near 1, they have collapsed. A student
+# that sends every sentence in their mean direction has a loss of about 2 - 2 sqrt(c), since sqrt(c)
+# is their mean cosine with it. Only a clearly lower loss, in a late epoch, shows that it learns.
+# (This is not for --centre, nor for attention, which compares mixtures of these vectors.)
 #
-# What --centre does. It subtracts the batch mean from each side before normalisation, which removes
+# What --centre does. It subtracts the batch mean from each side before normalisation, and with it
 # the direction that all sentences share. It improved the score on the toy, but not on real text.
 
 
@@ -212,13 +210,11 @@ class RailLoss(nn.Module):
         candidates t_j, weighted by softmax_j(s_i . t_j), with s and t not yet normalised. Returns a
         scalar; no gradient flows into `teacher_pooled`.
 
-        Args: student_pooled (B, k, d_s); teacher_pooled (B, k, d_t), the mapped layers, or with
-            attention (B, n-1, d_t), all.
+        Args: student_pooled (B, k, d_s); teacher_pooled (B, k, d_t), attention: (B, n-1, d_t).
         Raises: ValueError unless each side has exactly k layers (with attention, only the
             student's), or if the batch sizes differ."""
         ### BEGIN SOLUTION
         B, k = len(student_pooled), self.num_pairs
-        # With attention, the teacher's side may have any number of layers.
         expected = teacher_pooled.shape[1] if self.variant == "attention" else k
         if student_pooled.shape[1] != k or teacher_pooled.shape[:2] != (B, expected):
             raise ValueError(f"student {student_pooled.shape} and teacher {teacher_pooled.shape} "
@@ -240,6 +236,13 @@ class RailLoss(nn.Module):
         return ((t.sum(dim=0).pow(2).sum(dim=-1) - B) / max(B * (B - 1), 1)).mean().item()
 
 
+def label_loss(logits, labels):
+    """CE of logits (B, C) and class numbers (B,); mean squared error for regression, (B, 1)."""
+    if logits.shape[1] == 1:
+        return F.mse_loss(logits.squeeze(1), labels)
+    return F.cross_entropy(logits, labels)
+
+
 def kd_loss(student_logits, teacher_logits, temperature):
     """T^2 * KL(softmax(z_t / T) || softmax(z_s / T)), batch mean, a scalar (Hinton et al. 2015).
 
@@ -247,9 +250,8 @@ def kd_loss(student_logits, teacher_logits, temperature):
     KL shrinks as 1/T^2, for large T; the factor T^2 makes up for that. For regression, (B, 1): the
     mean squared error. No gradient flows into `teacher_logits`.
 
-    Args: student_logits, teacher_logits (B, C); temperature T > 0, finite (checked even for
-        regression, where it is not used).
-    Raises: ValueError if the shapes differ or are not (B, C), or if the temperature is invalid."""
+    Args: student_logits, teacher_logits (B, C); temperature T (checked even for regression).
+    Raises: ValueError unless both shapes are the same (B, C), and 0 < T < infinity."""
     ### BEGIN SOLUTION
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
         raise ValueError(f"student logits {student_logits.shape} and teacher logits "
@@ -269,8 +271,7 @@ def kd_loss(student_logits, teacher_logits, temperature):
 def combined_loss(ce, kd, rail, weights):
     """The objective w1 * CE + w2 * KD + w3 * RAIL, a scalar.
 
-    Args: ce, kd, rail: scalars, as tensors (gradients flow back) or plain numbers; weights
-        (w1, w2, w3), each >= 0, with sum 1.
+    Args: ce, kd, rail: scalars, as tensors (gradients flow back) or numbers; weights (w1, w2, w3).
     Raises: ValueError unless there are three weights, all >= 0 (not NaN), with sum 1 (to 1e-6)."""
     ### BEGIN SOLUTION
     if len(weights) != 3 or not all(w >= 0 for w in weights) or abs(sum(weights) - 1) > 1e-6:
@@ -283,7 +284,7 @@ def combined_loss(ce, kd, rail, weights):
 # ---- 3. One step, and the loop -----------------------------------------------------------------
 # The frozen teacher gives the same outputs for a sentence in every epoch, so it runs only once,
 # before the loop (section 4), and `teacher_outputs(rows, layers)` looks its outputs up. In `train`,
-# skip at first: rank, world, share (several GPUs), state, parts, data_id (resuming), scaler (fp16).
+# skip at first: rank, world, own, share (several GPUs); parts, data_id (resuming); scaler (fp16).
 
 
 class Distiller(nn.Module):
@@ -310,11 +311,10 @@ class Distiller(nn.Module):
 
 def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher_outputs=None, n=0):
     """Trains a Distiller in place; returns the history, one dict per epoch.
-    `teacher_outputs(rows, layers)` gives the logits (B, C) and pooled layers (B, k or n-1, d_t) of
-    a teacher of n layers, see section 4; without it (mapping `finetune`), the model learns from the
-    labels alone. `after_epoch(history, layers)` may add scores to the last dict. All randomness
-    comes from seed and epoch: a killed run resumes after its last full epoch, on a CPU bit for bit.
-    Raises FloatingPointError (a loss is not finite) or ValueError (the data have changed)."""
+    `teacher_outputs(rows, layers)` gives the outputs of a teacher of n layers (section 4); without
+    it, only the labels teach. `after_epoch(history, layers)` may add scores to the last dict. All
+    randomness comes from seed, epoch and step: a killed run resumes after its last full epoch, on a
+    CPU bit for bit. Raises FloatingPointError (a loss is not finite), ValueError or OSError."""
     rank, world = rank_and_world()
     student = distiller.student
     steps = math.ceil(len(data) / settings.batch_size) * settings.epochs
@@ -331,7 +331,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
         sums = torch.zeros(4, device=student.device)
         layers = choose_layers(settings, n, m, epoch)                           # the draw: (k,)
         seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
-        torch.manual_seed(seed + rank)             # for dropout; `seed` mixes run and epoch
+        torch.manual_seed(seed + rank)             # for dropout; `seed` combines run and epoch
         distiller.train()
         batches = length_batches(lengths, settings.batch_size, seed)
         for step, rows in enumerate(progress(batches, f"epoch {epoch}")):
@@ -363,7 +363,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
 def make_optimizer(distiller, settings, steps):
     """(AdamW, its learning-rate schedule over `steps` steps, the loss scaler)."""
     groups = [{"params": distiller.student.parameters(), "lr": settings.learning_rate}]
-    if distiller.rail_loss is not None:    # projections start at random: perhaps at another rate
+    if distiller.rail_loss is not None:    # random at first, projections may need another rate
         rate = settings.projection_learning_rate or settings.learning_rate
         groups.append({"params": distiller.rail_loss.parameters(), "lr": rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
@@ -372,13 +372,6 @@ def make_optimizer(distiller, settings, steps):
     # In fp16, small gradients round to 0, so the loss is scaled up and the gradients down again.
     device = distiller.student.device.type
     return optimizer, schedule, torch.amp.GradScaler(device, enabled=settings.precision == "fp16")
-
-
-def label_loss(logits, labels):
-    """CE of logits (B, C) and class numbers (B,); mean squared error for regression, (B, 1)."""
-    if logits.shape[1] == 1:
-        return F.mse_loss(logits.squeeze(1), labels)
-    return F.cross_entropy(logits, labels)
 
 
 def model_outputs(model, batch, precision="fp32", pool=False):
@@ -412,9 +405,9 @@ def make_batch(data, tokenizer, rows, device):
 
 @torch.no_grad()
 def predict(model, data, tokenizer, precision="fp32", pooled=None):
-    """The logits of a model for encoded data, in its order: float32 array (N, C). If `pooled`
-    (N, n, d) is given, it is filled with the pooled outputs of all layers. Several processes share
-    the work. Raises FloatingPointError for logits that are NaN or infinite."""
+    """The logits of a model for encoded data, in the order of its rows: float32 array (N, C). If
+    `pooled` (N, n, d) is given, it is filled with the pooled outputs of all layers. Several
+    processes share the work. Raises FloatingPointError for logits that are NaN or infinite."""
     model.eval()                                   # dropout would add noise
     rank, world = rank_and_world()
     logits = torch.zeros(len(data), model.config.num_labels, device=model.device)
@@ -430,20 +423,20 @@ def predict(model, data, tokenizer, precision="fp32", pooled=None):
 
 def teacher_table(teacher, data, tokenizer, settings, parent):
     """Runs the frozen teacher over the training data once, and returns a function that looks up its
-    outputs: (rows, layers) -> logits (B, C), pooled layers (B, k, d_t), in float32.
+    outputs: (rows, layers) -> logits (B, C), pooled layers (B, k or n-1, d_t), in float32.
 
     The layers are kept in half precision, in a memory-mapped file: 19 GB for MNLI with 24 layers of
     width 1024. A table that an earlier run left in the folder `parent` is reused; its name is a
-    hash of the model, the sentences and all else that affects the outputs. Raises ValueError if the
+    hash of the model, the sentences, the precision and the pooling. Raises ValueError if the
     disk has too little space."""
-    # Labels are left out, so that the same sentences with other labels can share a table. The code
-    # of two functions is in: after a change to one of them, the table is made anew.
+    # Labels are left out, so that the same sentences with other labels can share a table. The hash
+    # covers the code of two functions: change one of them, and the table is made anew.
     name = fingerprint(data.remove_columns("label"), str(teacher.config), tokenizer.padding_side,
                        settings.precision, mean_pool.__code__, model_outputs.__code__,
                        *teacher.state_dict().values())
     shape = len(data), teacher.config.num_hidden_layers, teacher.config.hidden_size    # (N, n, d_t)
     size, folder = math.prod(shape), parent / f"table-{name}"
-    file = folder / "pooled.bin"                   # large: it may have been deleted meanwhile
+    file = folder / "pooled.bin"                   # large, so someone may have deleted it
     done = from_rank_0(file.exists() and file.stat().st_size == 2 * size
                        and (folder / "logits.pt").exists())            # which is written last
     if not done and 2 * size > shutil.disk_usage(parent).free:
@@ -489,9 +482,9 @@ def load_classifier(name, feature, seed, role):
     """(model, tokenizer, trained) from a hub name or a folder, or the toy's teacher if `name` is
     None. The model has one output for each class of the data (one for regression), whose label
     column is of the type `feature`. A checkpoint without a classifier gets a random one, drawn from
-    the seed, and `trained` is False. So does a student (`role`) that was trained for another number
-    of classes; for a teacher, that is an error. Raises ValueError if no suitable model can be
-    loaded."""
+    the seed, and `trained` is False. The same goes for a student (`role`) that was trained for
+    another number of classes; for a teacher, that is an error. Raises ValueError if no suitable
+    model can be loaded."""
     if name is None:
         return *toy_teacher(seed), False
     torch.manual_seed(seed)
@@ -507,10 +500,11 @@ def load_classifier(name, feature, seed, role):
         # classifier and for BERT's pooler, which belongs to it, but not for the encoder.
         mismatched = {key for key, *_ in info["mismatched_keys"]}  # there, but of another shape
         untrained, encoder = mismatched | set(info["missing_keys"]), f"{model.base_model_prefix}."
-        missing = [key for key in untrained if key.startswith(encoder) and "pooler" not in key]
-        if missing or (mismatched and role == "teacher"):
-            first = min(missing or mismatched)
-            raise ValueError(f"its weights do not fit its config or classes: {first}")
+        wrong = [key for key in untrained if key.startswith(encoder) and "pooler" not in key]
+        if role == "teacher":
+            wrong += mismatched
+        if wrong:
+            raise ValueError(f"its weights do not fit its config or classes: {min(wrong)}")
     return model.float(), tokenizer, not untrained       # float: it may be stored in half precision
 
 
@@ -662,7 +656,8 @@ def cast_labels(data, train=None):
         raise ValueError("labels must differ, and be all names or all numbers")
     if numbers and not all(x.lstrip("+-").isdigit() for x in labels):
         return data.cast_column("label", datasets.Value("float32"))
-    classes = sorted(sorted(labels), key=int if numbers else None)         # 1 before 01
+    # By number, and 01 and 1, which are equal as numbers, as text: a set has no order of its own.
+    classes = sorted(sorted(labels), key=int if numbers else None)
     return data.cast_column("label", datasets.ClassLabel(names=classes))
 
 
@@ -722,7 +717,7 @@ def lengths_of(data):
 
 def length_batches(lengths, batch_size, seed):
     """Row numbers in batches of similar length, in random order; each row is in exactly one. A
-    sentence is padded to the longest of its batch: to pad 25 tokens to 128 would waste four fifths
+    sentence is padded to the longest of its batch: padding 25 tokens to 128 would waste four fifths
     of the work."""
     generator = torch.Generator().manual_seed(seed)
     order = get_length_grouped_indices(lengths, batch_size, generator=generator)
@@ -834,14 +829,14 @@ class Settings:
     student_layers: int | None = option(None, "Layers to keep from the teacher (default: a third).")
     student: str | None = option(None, "Folder or hub name of a student to use instead.")
     mapping: Literal["random", "skip", "last", "attention", "none", "finetune"] = option(
-        "random", "Teacher layers: random, even, last, all; none: CE, KD; finetune: CE.")
+        "random", "Which teacher layers teach; none: no RAIL; finetune: the labels alone.")
     variant: Literal["layerwise", "concat"] = option("layerwise", "RAIL-KD^l or RAIL-KD^c.")
     resample: Literal["epoch", "step"] = option("epoch", "When to draw a new map.")
     centre: bool = option(False, "Subtract the batch mean from both sides of RAIL (see section 2).")
     projection_size: int = option(128, "Width u of the projections.")
     projection_learning_rate: float | None = option(None, "For the projections (default: same).")
     temperature: float = option(2.0, "Softens both output distributions in KD.")
-    weights: list[float] = option(lambda: [1 / 3] * 3, "Of CE, KD, RAIL; sum 1 (unused: set to 0).")
+    weights: list[float] = option(lambda: [1 / 3] * 3, "Of CE, KD, RAIL; sum 1 (0 if not used).")
     epochs: int | None = option(None, "Epochs of distillation (default: 10, toy 8).")
     batch_size: int = option(32, "Examples in a step, over all processes together.")
     learning_rate: float | None = option(None, "Peak rate of AdamW (default: 5e-5, toy 5e-4).")
@@ -862,8 +857,8 @@ class Settings:
                 raise ValueError(f"--{flag} {value!r} must be above {low} and below 2^63")
         own_files = [self.train_file, self.validation_file]
         toy = self.task in (None, "toy") and own_files == [None, None]
-        best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-        device = best.type if self.device == "auto" else self.device
+        found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        device = found.type if self.device == "auto" else self.device
         # A T4 only emulates bf16, slowly.
         half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         modes = {"cuda": [half, "fp16", "bf16"], "cpu": ["fp32", "bf16"]}.get(device, []) + ["fp32"]
@@ -872,14 +867,14 @@ class Settings:
                     "learning_rate": 5e-4 if toy else 5e-5, "device": device, "precision": modes[0]}
         new = dataclasses.replace(self, **{name: value for name, value in defaults.items()
                                            if getattr(self, name) in (None, "auto")})
-        name = f"{new.task or Path(new.train_file or '').stem}-{new.mapping}-seed{new.seed}"
-        out = new.output_dir or f"runs/{name}-{time.time():.0f}-{os.getpid()}"
+        run_name = f"{new.task or Path(new.train_file or '').stem}-{new.mapping}-seed{new.seed}"
+        out = new.output_dir or f"runs/{run_name}-{time.time():.0f}-{os.getpid()}"
         combined_loss(0, 0, 0, new.weights)        # raises for invalid weights
         # A loss that the mapping does not use gets weight 0; the others then sum to 1 again.
         used = {"none": [1, 1, 0], "finetune": [1, 0, 0]}.get(new.mapping, [1, 1, 1])
         weights = [weight * use for weight, use in zip(new.weights, used)]
         problems = [
-            (device not in (best.type, "cpu") or new.precision not in modes,
+            (device not in (found.type, "cpu") or new.precision not in modes,
              f"--device {device} --precision {self.precision} is not available here"),
             (new.task and own_files != [None, None], "--task and own files exclude each other"),
             (own_files.count(None) == 1, "--train-file and --validation-file belong together"),
@@ -894,10 +889,9 @@ class Settings:
              "--eval-file: rename the file; its name is reserved for another data set"),
             (not new.resume and any(Path(out).glob("*")),
              f"--output-dir {out} is in use: name a new folder")]
-        found = [message for applies, message in problems if applies]
-        if found:
-            raise ValueError("; ".join(found))
-        if sum(weights) < 1 - 1e-6:                # or a second call would change last digits
+        if messages := [message for applies, message in problems if applies]:
+            raise ValueError("; ".join(messages))
+        if sum(weights) < 1 - 1e-6:                # otherwise, a second call would change digits
             new.weights = [weight / sum(weights) for weight in weights]
         return dataclasses.replace(new, output_dir=out)
 
@@ -905,13 +899,28 @@ class Settings:
 # ---- 9. The whole job --------------------------------------------------------------------------
 
 
+def make_rail_loss(teacher, student, settings):
+    """The RailLoss for these models, its projections drawn from the seed; None if the mapping does
+    not use RAIL. Raises ValueError if the numbers of layers do not allow a map."""
+    n, m = teacher.config.num_hidden_layers, student.config.num_hidden_layers
+    if settings.mapping in ("none", "finetune"):
+        return None
+    if not 2 <= m <= n:
+        raise ValueError(f"{m} student layers have no map to {n} teacher layers: take 2 to {n}")
+    variant = "attention" if settings.mapping == "attention" else settings.variant
+    torch.manual_seed(settings.seed)
+    return RailLoss(teacher.config.hidden_size, student.config.hidden_size, m - 1, variant,
+                    settings.projection_size, settings.centre).to(settings.device)
+
+
 def run(settings):
     """From Settings to a student on disk; returns what metrics.json holds.
 
     The run's folder will also hold student/ and, if the teacher was fine-tuned here, teacher/, both
-    ready for transformers' pipeline. Until the run ends, *.pt holds the state after the last epoch.
-    A resumed run repeats these steps and reuses what it finds. Raises ValueError, OSError or
-    FloatingPointError, each with a message for the user.
+    ready for transformers' pipeline. The student is that of the last epoch; none is chosen by its
+    score. The table of section 4 stays, beside the teacher or here. Until the run ends, *.pt holds
+    the state after the last epoch. A resumed run repeats these steps and reuses what it finds.
+    Raises ValueError, OSError or FloatingPointError, each with a message for the user.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -937,18 +946,11 @@ def run(settings):
     else:
         settings.student_layers = settings.student_layers or min(n, max(n // 3, 2))
         student, student_tokenizer = build_student(teacher, settings.student_layers), tokenizer
-    m, rail_loss = student.config.num_hidden_layers, None
-    if settings.mapping not in ("none", "finetune"):
-        if not 2 <= m <= n:
-            raise ValueError(f"{m} student layers have no map to {n} teacher layers: take 2 to {n}")
-        variant = "attention" if settings.mapping == "attention" else settings.variant
-        torch.manual_seed(settings.seed)
-        rail_loss = RailLoss(teacher.config.hidden_size, student.config.hidden_size, m - 1, variant,
-                             settings.projection_size, settings.centre).to(settings.device)
+    m, rail_loss = student.config.num_hidden_layers, make_rail_loss(teacher, student, settings)
     teacher_sets = encode_and_check(teacher, tokenizer, sets, settings, "teacher")
     student_sets = encode_and_check(student, student_tokenizer, sets, settings, "student")
-    teacher_args = teacher, teacher_sets, tokenizer
-    student_args = student, student_sets, student_tokenizer
+    teacher_setup = teacher, teacher_sets, tokenizer
+    student_setup = student, student_sets, student_tokenizer
 
     rank, world = rank_and_world()
     # Claim the folder with a file that only one run can create.
@@ -965,11 +967,11 @@ def run(settings):
               f"{settings.device}; results go to {folder}")
     save_json(folder / "metrics.json", results)    # from here on, --resume works
 
-    def after_epoch(record, args, teacher_logits, teacher_outputs, history, layers):
-        """Adds the scores of an epoch to `record`, prints a line, and updates metrics.json. `args`:
-        the model being trained, its sets and tokenizer; `history`, `layers`: from `train`."""
+    def after_epoch(record, setup, teacher_logits, teacher_outputs, history, layers):
+        """Adds the scores of an epoch to `record`, prints a line, and updates metrics.json.
+        `setup` is the model being trained, its sets and its tokenizer. For `train`."""
         record["epochs"], entry = history, history[-1]
-        scores = score_all(*args, settings, teacher_logits)
+        scores = score_all(*setup, settings, teacher_logits)
         entry |= scores
         if layers is not None:
             _, pooled = teacher_outputs(range(min(256, len(sets["train"]))), layers)
@@ -988,20 +990,20 @@ def run(settings):
                                    epochs=settings.teacher_epochs)
         data = teacher_sets.get("teacher_train", teacher_sets["train"])
         train(Distiller(teacher, None, tuning), data, tokenizer, tuning, folder / "teacher.pt",
-              functools.partial(after_epoch, results["teacher"], teacher_args, None, None))
-        save(folder / "teacher", lambda tmp: [x.save_pretrained(tmp) for x in (teacher, tokenizer)])
+              functools.partial(after_epoch, results["teacher"], teacher_setup, None, None))
+        save_model(folder / "teacher", teacher, tokenizer)
         print(f"It can be used again with --teacher {shlex.quote(str(folder / 'teacher'))}")
         # Continue as a resumed run, which loads folder/teacher like any other teacher: from here
         # on, there is one path. Free the memory of these models first.
-        del teacher, student, teacher_args, student_args
+        del teacher, student, teacher_setup, student_setup
         return run(Settings(resume=str(folder), device=settings.device,
                             precision=settings.precision))
     teacher.requires_grad_(False)                  # from here on it is frozen
     teacher_logits = {name: predict(teacher, data, tokenizer, settings.precision)
                       for name, data in teacher_sets.items() if name not in UNSCORED}
     warn_of_weak_teacher(teacher_logits["validation"], np.array(sets["validation"]["label"]))
-    results["teacher"] |= score_all(*teacher_args, settings)
-    results["teacher"] |= measure_costs(*teacher_args, settings)
+    results["teacher"] |= score_all(*teacher_setup, settings)
+    results["teacher"] |= measure_costs(*teacher_setup, settings)
 
     # The student: first the table of the teacher's outputs, then the same loop.
     teacher_outputs = None
@@ -1009,28 +1011,32 @@ def run(settings):
         parent = Path(source) if os.access(source, os.W_OK) else folder
         teacher_outputs = teacher_table(teacher, teacher_sets["train"], tokenizer, settings, parent)
     print("The student learns:")
-    report = functools.partial(after_epoch, results, student_args, teacher_logits, teacher_outputs)
+    report = functools.partial(after_epoch, results, student_setup, teacher_logits, teacher_outputs)
     train(Distiller(student, rail_loss, settings), student_sets["train"], student_tokenizer,
           settings, folder / "student.pt", report, teacher_outputs, n)
-    results["student"] |= score_all(*student_args, settings, teacher_logits)
-    results["student"] |= measure_costs(*student_args, settings)
+    results["student"] |= score_all(*student_setup, settings, teacher_logits)
+    results["student"] |= measure_costs(*student_setup, settings)
     results["evaluation"] = {
         path: {role: results[role]["evaluation"][path] for role in ("teacher", "student")}
         for path in settings.eval_file}
     save_json(folder / "metrics.json", results)
     # Saved last, because it marks the run as finished.
-    save(folder / "student",
-         lambda tmp: [x.save_pretrained(tmp) for x in (student, student_tokenizer)])
+    save_model(folder / "student", student, student_tokenizer)
+    print_table(results)
+    print(f"\nThe student is in {folder / 'student'}; all numbers are in metrics.json beside it.")
+    for state in folder.glob("*.pt"):
+        state.unlink(missing_ok=True)
+    return results
+
+
+def print_table(results):
+    """Prints costs and score of teacher and student."""
     metric = next(iter(results["student"]))
     print(f"\n         layers  parameters  megabytes  ms per sentence  {metric}")
     for role in ("teacher", "student"):
         row = results[role]
         print(f"{role}  {row['layers']:6}  {row['parameters']:10,}  {row['bytes'] / 1e6:9.1f}  "
               f"{row['milliseconds_per_sentence']:15.2f}  {row[metric]:.4f}")
-    print(f"\nThe student is in {folder / 'student'}; all numbers are in metrics.json beside it.")
-    for state in folder.glob("*.pt"):
-        state.unlink(missing_ok=True)
-    return results
 
 
 # ---- 10. Files and command line ----------------------------------------------------------------
@@ -1094,6 +1100,11 @@ def save(path, write):
     from_rank_0()                                  # all processes wait until it is written
 
 
+def save_model(path, model, tokenizer):
+    """Saves both in one folder, as `save` does."""
+    save(path, lambda tmp: [x.save_pretrained(tmp) for x in (model, tokenizer)])
+
+
 def save_json(path, content):
     """Writes a JSON file, as `save` does (in ASCII, so the encoding does not matter)."""
     save(path, lambda tmp: tmp.write_text(json.dumps(content, indent=2, allow_nan=False)))
@@ -1129,7 +1140,7 @@ def load_run(settings):
     with one_line_error(f"--resume {settings.resume}: no run can be resumed there"):
         saved = json.loads((Path(settings.resume) / "metrics.json").read_text())
         stored = saved["settings"] | {"output_dir": settings.resume}
-        if settings.device not in ("auto", stored["device"]):     # may lack the old precision
+        if settings.device not in ("auto", stored["device"]):     # may lack the precision
             stored["precision"] = "auto"
         return Settings(**stored | {x: given[x] for x in given if given[x] != "auto"}), saved
 
@@ -1152,7 +1163,7 @@ def main(argv=None):
         run(settings)
         return 0
     except KeyboardInterrupt:
-        folder = shlex.quote(str(settings.resume or settings.output_dir))
+        folder = shlex.quote(settings.resume or settings.output_dir or "FOLDER")
         print(f"stopped; if the folder exists, continue with --resume {folder}", file=sys.stderr)
         return 130
     except (argparse.ArgumentError, ValueError, OSError, FloatingPointError,
