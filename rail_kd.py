@@ -23,7 +23,7 @@ distance between the two vectors of a pair, averaged over pairs and sentences.
     python rail_kd.py --task toy --student-layers 4        # two minutes on a laptop, offline
     python rail_kd.py --task sst2 --student-layers 4       # BERT-base, cut from 12 layers to 4
 
-The toy run ends with:
+The toy run prints at its end:
 
              layers  parameters  megabytes  ms per sentence  accuracy
     teacher      12     413,122        1.7             3.80  1.0000
@@ -489,7 +489,8 @@ def load_classifier(name, feature, seed, role):
         return *toy_teacher(seed), False
     torch.manual_seed(seed)
     with one_line_error(f"no {role} that fits the data can be loaded from {name!r}"):
-        # No code from the hub can run here, whether a model's own or in a pickle (weights_only).
+        # No code from the hub can run here: not a model's own, and transformers reads pickles with
+        # weights_only.
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
             raise ValueError("it has no tokenizer: save that in the folder, too")
@@ -619,10 +620,10 @@ def read_file(path, train=None):
     """A CSV or JSON Lines file -> Dataset with sentence1, perhaps sentence2, and label.
 
     Names or whole numbers become classes, in sorted order; a single decimal makes it regression.
-    Later files must have the columns of `train`, and its labels or class numbers (0 for
-    "negative"). Raises ValueError. `datasets.load_dataset` is avoided because it treats
-    [ and * in a path as a pattern, turns 007 into 7, and returns old rows for a file that changed
-    but kept its timestamp.
+    Later files must have the columns of `train`, and its labels or, if these are names, class
+    numbers (0 for "negative"). Raises ValueError. `datasets.load_dataset` is avoided because it
+    treats [ and * in a path as a pattern, turns 007 into 7, and returns old rows for a file that
+    changed but kept its timestamp.
     """
     with one_line_error(f"{path} must be CSV or JSON Lines, in UTF-8, with sentence and label"):
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -977,7 +978,7 @@ def run(settings):
             _, pooled = teacher_outputs(range(min(256, len(sets["train"]))), layers)
             entry["cosine"] = rail_loss.cosine(pooled)
         pairs = " ".join(f"{i}←{j}" for i, j in enumerate(entry["layers"] or [], 1))
-        names = [x for x in ("ce", "kd", "rail", "cosine") if entry.get(x)]     # those in use
+        names = [x for x in ("ce", "kd", "rail", "cosine") if entry.get(x)]     # 0: not in use
         numbers = "  ".join(f"{name} {entry[name]:.3f}" for name in [*names, next(iter(scores))])
         print(f"  epoch {entry['epoch']:2}  {pairs}  {numbers}  "
               f"{entry['examples_per_second']:,.0f} examples/s")
@@ -1146,8 +1147,8 @@ def load_run(settings):
 
 
 def main(argv=None):
-    """The command line. Returns 0, 2 for an error (one line on stderr; with RAIL_KD_DEBUG=1 in the
-    environment, a traceback instead), or 130 after Ctrl-C."""
+    """The command line. Returns 0, 2 for bad input and the like (one line on stderr; a traceback if
+    RAIL_KD_DEBUG=1 is in the environment), or 130 after Ctrl-C."""
     parser = transformers.HfArgumentParser(
         Settings, description=__doc__.splitlines()[0], allow_abbrev=False, exit_on_error=False)
     settings = Settings()
