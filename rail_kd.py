@@ -145,7 +145,7 @@ def choose_layers(settings, n, m, epoch, step=0):
 # vectors of different sentences (the first 256). If c is near 1, they have collapsed. A student
 # that sends every sentence in their mean direction has a loss of about 2 - 2 sqrt(c), since sqrt(c)
 # is their mean cosine with it. Only a clearly lower loss, in a late epoch, shows that it learns.
-# (This is not for --centre, nor for attention, which compares mixtures of these vectors.)
+# (The bound differs with --centre and with attention, which compares mixtures of these vectors.)
 #
 # What --centre does. It subtracts the batch mean from each side before normalisation, and with it
 # the direction that all sentences share. It improved the score on the toy, but not on real text.
@@ -363,7 +363,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
 def make_optimizer(distiller, settings, steps):
     """(AdamW, its learning-rate schedule over `steps` steps, the loss scaler)."""
     groups = [{"params": distiller.student.parameters(), "lr": settings.learning_rate}]
-    if distiller.rail_loss is not None:    # random at first, projections may need another rate
+    if distiller.rail_loss is not None:    # new projections may need another rate
         rate = settings.projection_learning_rate or settings.learning_rate
         groups.append({"params": distiller.rail_loss.parameters(), "lr": rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
@@ -427,8 +427,8 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
 
     The layers are kept in half precision, in a memory-mapped file: 19 GB for MNLI with 24 layers of
     width 1024. A table that an earlier run left in the folder `parent` is reused; its name is a
-    hash of the model, the sentences, the precision and the pooling. Raises ValueError if the
-    disk has too little space."""
+    hash of the model, the sentences, the precision and the pooling. Raises ValueError if the disk
+    has too little space."""
     # Labels are left out, so that the same sentences with other labels can share a table. The hash
     # covers the code of two functions: change one of them, and the table is made anew.
     name = fingerprint(data.remove_columns("label"), str(teacher.config), tokenizer.padding_side,
@@ -603,7 +603,7 @@ def toy_sentences(seed, sizes):
     """
     rng, label_of = np.random.default_rng([seed, 0x7071]), {}    # sentence -> label
     while len(label_of) < sum(sizes):
-        clauses, labels = [], []                   # of the main clause, then of the other one
+        clauses, labels = [], []                   # of the clause that decides, then of the other
         for topic in rng.choice(TOPICS, 2, replace=False):
             positive, negated = rng.integers(2), rng.random() < 1 / 3
             degree = rng.choice(NEGATIONS if negated else DEGREES)
@@ -657,7 +657,7 @@ def cast_labels(data, train=None):
         raise ValueError("labels must differ, and be all names or all numbers")
     if numbers and not all(x.lstrip("+-").isdigit() for x in labels):
         return data.cast_column("label", datasets.Value("float32"))
-    # By number, and 01 and 1, which are equal as numbers, as text: a set has no order of its own.
+    # As text first: 01 and 1 are equal as numbers, and a set has no order of its own.
     classes = sorted(sorted(labels), key=int if numbers else None)
     return data.cast_column("label", datasets.ClassLabel(names=classes))
 
@@ -970,7 +970,7 @@ def run(settings):
 
     def after_epoch(record, setup, teacher_logits, teacher_outputs, history, layers):
         """Adds the scores of an epoch to `record`, prints a line, and updates metrics.json.
-        `setup` is the model being trained, its sets and its tokenizer. For `train`."""
+        Called by `train`. `setup` is the model being trained, its sets and its tokenizer."""
         record["epochs"], entry = history, history[-1]
         scores = score_all(*setup, settings, teacher_logits)
         entry |= scores
@@ -988,7 +988,7 @@ def run(settings):
     if not trained:
         print("The teacher has no trained classifier yet, so it is fine-tuned first:")
         tuning = dataclasses.replace(settings, mapping="finetune", weights=[1.0, 0.0, 0.0],
-                                   epochs=settings.teacher_epochs)
+                                     epochs=settings.teacher_epochs)
         data = teacher_sets.get("teacher_train", teacher_sets["train"])
         train(Distiller(teacher, None, tuning), data, tokenizer, tuning, folder / "teacher.pt",
               functools.partial(after_epoch, results["teacher"], teacher_setup, None, None))
