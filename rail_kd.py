@@ -64,7 +64,7 @@ Sections 1 to 3, about 300 lines, are the method: read them in one sitting. The 
                                         > label_loss, kd_loss, RailLoss, combined_loss (2)
 
 Good first changes: a map in `choose_layers`, the distance in `RailLoss.forward`, one more term of
-the total in `Distiller.forward`. Code between SOLUTION marks is an exercise. `settings.x` is --x.
+the total in `Distiller.forward`. RAIL_KD_DEBUG=1 shows tracebacks. SOLUTION marks an exercise.
 """
 import argparse, contextlib, copy, csv, dataclasses, functools, inspect, json, math
 import os, re, shlex, shutil, sys, time, timeit
@@ -968,9 +968,9 @@ def run(settings):
               f"{settings.device}; results go to {folder}")
     save_json(folder / "metrics.json", results)    # from here on, --resume works
 
-    def after_epoch(record, setup, teacher_logits, teacher_outputs, history, layers):
+    def report_epoch(record, setup, teacher_logits, teacher_outputs, history, layers):
         """Adds the scores of an epoch to `record`, prints a line, and updates metrics.json.
-        Called by `train`. `setup` is the model being trained, its sets and its tokenizer."""
+        `train` calls it. `setup` is the model being trained, its sets and its tokenizer."""
         record["epochs"], entry = history, history[-1]
         scores = score_all(*setup, settings, teacher_logits)
         entry |= scores
@@ -991,7 +991,7 @@ def run(settings):
                                      epochs=settings.teacher_epochs)
         data = teacher_sets.get("teacher_train", teacher_sets["train"])
         train(Distiller(teacher, None, tuning), data, tokenizer, tuning, folder / "teacher.pt",
-              functools.partial(after_epoch, results["teacher"], teacher_setup, None, None))
+              functools.partial(report_epoch, results["teacher"], teacher_setup, None, None))
         save_model(folder / "teacher", teacher, tokenizer)
         print(f"It can be used again with --teacher {shlex.quote(str(folder / 'teacher'))}")
         # Continue as a resumed run, which loads folder/teacher like any other teacher: from here
@@ -1012,7 +1012,8 @@ def run(settings):
         parent = Path(source) if os.access(source, os.W_OK) else folder
         teacher_outputs = teacher_table(teacher, teacher_sets["train"], tokenizer, settings, parent)
     print("The student learns:")
-    report = functools.partial(after_epoch, results, student_setup, teacher_logits, teacher_outputs)
+    report = functools.partial(
+        report_epoch, results, student_setup, teacher_logits, teacher_outputs)
     train(Distiller(student, rail_loss, settings), student_sets["train"], student_tokenizer,
           settings, folder / "student.pt", report, teacher_outputs, n)
     results["student"] |= score_all(*student_setup, settings, teacher_logits)
