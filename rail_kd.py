@@ -63,8 +63,8 @@ Sections 1 to 3, about 300 lines, are the method: read them in one sitting. The 
                         > Distiller (3) > model_outputs (3) > mean_pool (2)     in each step
                                         > label_loss, kd_loss, RailLoss, combined_loss (2)
 
-Good first changes: a map in `choose_layers`, the distance in `RailLoss.forward`, one more term of
-the total in `Distiller.forward`. RAIL_KD_DEBUG=1 shows tracebacks. SOLUTION marks an exercise.
+Good first changes: a map in `choose_layers`, the distance in `RailLoss.forward`, a term of the
+total in `Distiller.forward`. `settings.x`: --x. SOLUTION: an exercise. RAIL_KD_DEBUG=1: tracebacks.
 """
 import argparse, contextlib, copy, csv, dataclasses, functools, inspect, json, math
 import os, re, shlex, shutil, sys, time, timeit
@@ -144,8 +144,8 @@ def choose_layers(settings, n, m, epoch, step=0):
 # How to see it. Each epoch ends with `cosine`, c: the mean cosine between the projected teacher
 # vectors of different sentences (the first 256). If c is near 1, they have collapsed. A student
 # that sends every sentence in their mean direction has a loss of about 2 - 2 sqrt(c), since sqrt(c)
-# is their mean cosine with it. Only a clearly lower loss, in a late epoch, tells sentences apart;
-# the projections alone may achieve that, too. (The bound differs with --centre and attention.)
+# is their mean cosine with it. Only a clearly lower loss, in a late epoch, shows more, and that may
+# still be the work of the projections alone. (The bound differs with --centre and attention.)
 #
 # What --centre does. It subtracts the batch mean from each side before normalisation, and with it
 # what all sentences share. A gain over vanilla KD was confirmed on the toy, but not on real text.
