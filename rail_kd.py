@@ -66,8 +66,8 @@ Sections 1 to 3, about 300 lines, are the method: read them in one sitting. The 
 Good first changes: a map in `choose_layers`, the distance in `RailLoss.forward`, a term of the
 total in `Distiller.forward`. `settings.x`: --x. SOLUTION: an exercise. RAIL_KD_DEBUG=1: tracebacks.
 """
-import argparse, contextlib, copy, csv, dataclasses, functools, inspect, json, math
-import os, re, shlex, shutil, sys, time, timeit
+import argparse, contextlib, copy, csv, dataclasses, inspect, json, math, os
+import re, shlex, shutil, sys, time, timeit
 from pathlib import Path
 from typing import Literal
 
@@ -570,7 +570,7 @@ def encode_and_check(model, tokenizer, sets, settings, role):
         for data in sets.values():
             extremes = data.select(np.argsort(lengths_of(data))[[0, -1]])
             predict(model, extremes, tokenizer, settings.precision, pooled)
-    return sets
+    return model, sets, tokenizer
 
 
 # ---- 6. Data -----------------------------------------------------------------------------------
@@ -948,10 +948,8 @@ def run(settings):
         settings.student_layers = settings.student_layers or min(n, max(n // 3, 2))
         student, student_tokenizer = build_student(teacher, settings.student_layers), tokenizer
     m, rail_loss = student.config.num_hidden_layers, make_rail_loss(teacher, student, settings)
-    teacher_sets = encode_and_check(teacher, tokenizer, sets, settings, "teacher")
-    student_sets = encode_and_check(student, student_tokenizer, sets, settings, "student")
-    teacher_setup = teacher, teacher_sets, tokenizer
-    student_setup = student, student_sets, student_tokenizer
+    models = {"teacher": encode_and_check(teacher, tokenizer, sets, settings, "teacher"),
+              "student": encode_and_check(student, student_tokenizer, sets, settings, "student")}
 
     rank, world = rank_and_world()
     # Claim the folder with a file that only one run can create.
@@ -968,59 +966,61 @@ def run(settings):
               f"{settings.device}; results go to {folder}")
     save_json(folder / "metrics.json", results)    # from here on, --resume works
 
-    def report_epoch(record, setup, teacher_logits, teacher_outputs, history, layers):
-        """Adds the scores of an epoch to `record`, prints a line, and updates metrics.json.
-        `train` calls it. `setup` is the model being trained, its sets and its tokenizer."""
-        record["epochs"], entry = history, history[-1]
-        scores = score_all(*setup, settings, teacher_logits)
-        entry |= scores
-        if layers is not None:
-            _, pooled = teacher_outputs(range(min(256, len(sets["train"]))), layers)
-            entry["cosine"] = rail_loss.cosine(pooled)
-        pairs = " ".join(f"{i}←{j}" for i, j in enumerate(entry["layers"] or [], 1))
-        names = [x for x in ("ce", "kd", "rail", "cosine") if entry.get(x)]     # 0: not in use
-        numbers = "  ".join(f"{name} {entry[name]:.3f}" for name in [*names, next(iter(scores))])
-        print(f"  epoch {entry['epoch']:2}  {pairs}  {numbers}  "
-              f"{entry['examples_per_second']:,.0f} examples/s")
-        save_json(folder / "metrics.json", results)
+    def learn(role, settings, record, rail_loss=None, teacher_logits=None, teacher_outputs=None):
+        """Trains the model in this role by the loop of section 3. After each epoch, adds its scores
+        to the history, puts that into `record`, prints a line, and updates metrics.json."""
+        model, sets, tokenizer = models[role]
+        data = sets.get(f"{role}_train", sets["train"])        # the toy has a "teacher_train"
+
+        def after_epoch(history, layers):
+            record["epochs"], entry = history, history[-1]
+            scores = score_all(model, sets, tokenizer, settings, teacher_logits)
+            entry |= scores
+            if layers is not None:
+                _, pooled = teacher_outputs(range(min(256, len(data))), layers)
+                entry["cosine"] = rail_loss.cosine(pooled)
+            pairs = " ".join(f"{i}←{j}" for i, j in enumerate(entry["layers"] or [], 1))
+            names = [x for x in ("ce", "kd", "rail", "cosine") if entry.get(x)]     # 0: not in use
+            numbers = "  ".join(f"{x} {entry[x]:.3f}" for x in [*names, next(iter(scores))])
+            print(f"  epoch {entry['epoch']:2}  {pairs}  {numbers}  "
+                  f"{entry['examples_per_second']:,.0f} examples/s")
+            save_json(folder / "metrics.json", results)
+
+        train(Distiller(model, rail_loss, settings), data, tokenizer, settings,
+              folder / f"{role}.pt", after_epoch, teacher_outputs, n)
 
     # The teacher. One without a trained classifier is fine-tuned first, by the same loop.
     if not trained:
         print("The teacher has no trained classifier yet, so it is fine-tuned first:")
         tuning = dataclasses.replace(settings, mapping="finetune", weights=[1.0, 0.0, 0.0],
                                      epochs=settings.teacher_epochs)
-        data = teacher_sets.get("teacher_train", teacher_sets["train"])
-        train(Distiller(teacher, None, tuning), data, tokenizer, tuning, folder / "teacher.pt",
-              functools.partial(report_epoch, results["teacher"], teacher_setup, None, None))
+        learn("teacher", tuning, results["teacher"])
         save_model(folder / "teacher", teacher, tokenizer)
         print(f"It can be used again with --teacher {shlex.quote(str(folder / 'teacher'))}")
         # Continue as a resumed run, which loads folder/teacher like any other teacher: from here
         # on, there is one path. Free the memory of these models first.
-        del teacher, student, teacher_setup, student_setup
+        del teacher, student, models
         return run(Settings(resume=str(folder), device=settings.device,
                             precision=settings.precision))
     teacher.requires_grad_(False)                  # from here on it is frozen
     teacher_logits = {name: predict(teacher, data, tokenizer, settings.precision)
-                      for name, data in teacher_sets.items() if name not in UNSCORED}
+                      for name, data in models["teacher"][1].items() if name not in UNSCORED}
     warn_of_weak_teacher(teacher_logits["validation"], np.array(sets["validation"]["label"]))
-    results["teacher"] |= score_all(*teacher_setup, settings)
-    results["teacher"] |= measure_costs(*teacher_setup, settings)
+    results["teacher"] |= score_all(*models["teacher"], settings)
+    results["teacher"] |= measure_costs(*models["teacher"], settings)
 
     # The student: first the table of the teacher's outputs, then the same loop.
     teacher_outputs = None
     if settings.mapping != "finetune":
         parent = Path(source) if os.access(source, os.W_OK) else folder
-        teacher_outputs = teacher_table(teacher, teacher_sets["train"], tokenizer, settings, parent)
+        data = models["teacher"][1]["train"]
+        teacher_outputs = teacher_table(teacher, data, tokenizer, settings, parent)
     print("The student learns:")
-    report = functools.partial(
-        report_epoch, results, student_setup, teacher_logits, teacher_outputs)
-    train(Distiller(student, rail_loss, settings), student_sets["train"], student_tokenizer,
-          settings, folder / "student.pt", report, teacher_outputs, n)
-    results["student"] |= score_all(*student_setup, settings, teacher_logits)
-    results["student"] |= measure_costs(*student_setup, settings)
-    results["evaluation"] = {
-        path: {role: results[role]["evaluation"][path] for role in ("teacher", "student")}
-        for path in settings.eval_file}
+    learn("student", settings, results, rail_loss, teacher_logits, teacher_outputs)
+    results["student"] |= score_all(*models["student"], settings, teacher_logits)
+    results["student"] |= measure_costs(*models["student"], settings)
+    results["evaluation"] = {path: {role: results[role]["evaluation"][path] for role in models}
+                             for path in settings.eval_file}
     save_json(folder / "metrics.json", results)
     # Saved last, because it marks the run as finished.
     save_model(folder / "student", student, student_tokenizer)
