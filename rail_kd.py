@@ -13,8 +13,8 @@ them, so that deeper student layers learn from deeper teacher layers:
                           v                        v         v              :
     student layer         1                        2         3              4   <--  labels: CE
 
-    arrows down: RAIL. This epoch's draw is 2, 7, 9; the next epoch draws again.
-    dots:   KD. The last layers are matched through the logits, so they are left out of the draw.
+    arrows: RAIL. This epoch's draw is 2, 7, 9; the next epoch draws again.
+    dots: KD. It matches the last layers through the logits, so the draw leaves them out.
 
 For each arrow, the outputs of both layers are averaged over the tokens of a sentence, projected to
 a common width (one trained linear layer for each side) and scaled to length 1. RAIL is the squared
@@ -23,16 +23,16 @@ distance between the two vectors of a pair, averaged over pairs and sentences.
     python rail_kd.py --task toy --student-layers 4        # two minutes on a laptop, offline
     python rail_kd.py --task sst2 --student-layers 4       # BERT-base, cut from 12 layers to 4
 
-The toy run prints at its end:
+The toy run ends by printing:
 
              layers  parameters  megabytes  ms per sentence  accuracy
     teacher      12     413,122        1.7             3.80  1.0000
     student       4     145,346        0.6             1.37  0.9930
 
-A fifth of the student's labels are wrong on purpose. Seed 0 is a lucky one. Over ten seeds (other
-sentences, wrong labels and draws; one teacher), accuracy (mean +- standard deviation) is: labels
-alone (--mapping finetune) 0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963
-+- 0.029, with --centre 0.987 +- 0.019. Without it, RAIL-KD beat vanilla KD in none of our tests.
+A fifth of the student's labels are wrong on purpose. Seed 0 is lucky. Over ten seeds (commands: the
+notebook's appendix), the accuracies (mean +- standard deviation) are: labels alone (--mapping
+finetune) 0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963 +- 0.029, with
+--centre 0.987 +- 0.019. Without it, RAIL-KD never beat vanilla KD in our tests.
 
 Notation: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
@@ -49,7 +49,7 @@ and two public re-implementations (aitsc/GLMKD, TKC002/CILDA-plus-minILD). Origi
     candidates 1..n-1, k = m-1 pairs: the last layers stay out of the draw    GLMKD
     one projection per side, shared by all pairs; squared distance            GLMKD
     the mean over pairs and sentences, so that RAIL lies in [0, 4]            CILDA (GLMKD: the sum)
-    layer by layer (their published settings join them: --variant concat)     ours
+    pair by pair (both publish with all k layers joined: --variant concat)      ours
     padding is excluded from the mean over tokens (both include it)           ours
     temperature 2 (the factor T^2 is standard)                                ours (GLMKD: 10)
     10 epochs, learning rate 5e-5, 10% warm-up, no weight decay or clipping   ours (CILDA: 20, 2e-5)
@@ -63,8 +63,8 @@ Sections 1 to 3, about 300 lines, are the method: read them in one sitting. The 
                         > Distiller (3) > model_outputs (3) > mean_pool (2)     in each step
                                         > label_loss, kd_loss, RailLoss, combined_loss (2)
 
-Good first changes: a map in `choose_layers`, the distance in `RailLoss.forward`, a term of the
-total in `Distiller.forward`. `settings.x`: --x. SOLUTION: an exercise. RAIL_KD_DEBUG=1: tracebacks.
+Good first changes: a map in `choose_layers`, the distance in `RailLoss.forward`, another total in
+`Distiller.forward`. SOLUTION: an exercise. RAIL_KD_DEBUG=1 shows tracebacks. `settings.x` is --x.
 """
 import argparse, contextlib, copy, csv, dataclasses, inspect, json, math, os
 import re, shlex, shutil, sys, time, timeit
@@ -84,8 +84,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 # A draw of 2, 7, 9 is a map: teacher layer 2 teaches student layer 1, 7 teaches 2, and 9 teaches 3.
 # Two facts about these maps, both checked in the tests and the notebook:
 # 1. On average, they are evenly spaced: the i-th smallest of k distinct draws from 1..n-1 has mean
-#    i*n/(k+1) = i*n/m. For 12 -> 4: 3, 6, 9, PKD's "skip". But student layer 1's likeliest partner
-#    is teacher layer 1, and 3, 6, 9 is just one of 165 equally likely maps.
+#    i*n/(k+1) = i*n/m. For 12 -> 4, this is 3, 6, 9: PKD's "skip". But student layer 1's likeliest
+#    partner is teacher layer 1, and 3, 6, 9 is just one of 165 equally likely maps.
 # 2. Over a run, nearly every layer gets to teach, although each step compares only k pairs. For
 #    12 -> 4, the probability that a given layer sits out is 1 - k/(n-1) = 72.7% for one epoch,
 #    20.3% for five in a row, and 4.1% for ten.
@@ -105,14 +105,14 @@ def sample_layer_map(num_teacher_layers, num_student_layers, rng):
     ### BEGIN SOLUTION
     if not 2 <= num_student_layers <= num_teacher_layers:
         raise ValueError(f"{num_student_layers} student layers and {num_teacher_layers} teacher "
-                         "layers: the student needs at least 2, and no more than its teacher")
+                         "layers: the student needs at least 2 and at most as many as its teacher")
     candidates = np.arange(1, num_teacher_layers)                               # 1..n-1
     return np.sort(rng.choice(candidates, size=num_student_layers - 1, replace=False))
     ### END SOLUTION
 
 
 def evenly_spaced(n, m):
-    """m evenly spaced layers out of 1..n, ending with n: the layers that a student keeps."""
+    """m evenly spaced layers out of 1..n, ending with n: those that a student cut from it keeps."""
     return [round(i * n / m) for i in range(1, m + 1)]
 
 
@@ -138,17 +138,17 @@ def choose_layers(settings, n, m, epoch, step=0):
 #
 # For unit vectors, || s - t ||^2 = 2 - 2 cos(s, t): 0 for equal directions, 4 for opposite ones.
 #
-# The trivial solution. The projections are trained, too, and can lower the loss on their own, by
-# sending every sentence in the same direction. RAIL then teaches the student nothing.
+# The trivial solution. The projections are trained too, and can lower the loss by themselves, by
+# mapping all sentences to one direction. RAIL then teaches the student nothing.
 #
-# How to see it. Each epoch ends with `cosine`, c: the mean cosine between the projected teacher
+# How to see it. Each epoch reports `cosine`, c: the mean cosine between the projected teacher
 # vectors of different sentences (the first 256). If c is near 1, they have collapsed. A student
-# that sends every sentence in their mean direction has a loss of about 2 - 2 sqrt(c), since sqrt(c)
-# is their mean cosine with it. Only a clearly lower loss, in a late epoch, shows more, and that may
-# still be the work of the projections alone. (The bound differs with --centre and attention.)
+# that maps every sentence to their mean direction has a loss of about 2 - 2 sqrt(c), since sqrt(c)
+# is their mean cosine with it. Only a clearly lower loss late in training shows more, and even that
+# may be due to the projections alone. (With --centre and attention, the estimate differs.)
 #
-# What --centre does. It subtracts the batch mean from each side before normalisation, and with it
-# what all sentences share. A gain over vanilla KD was confirmed on the toy, but not on real text.
+# What --centre does. Before normalisation, it subtracts each side's batch mean, which all sentences
+# share. It beat vanilla KD on the toy, from random weights (+0.027 +- 0.014), but not on real text.
 
 
 def mean_pool(hidden_states, attention_mask):
@@ -179,9 +179,9 @@ class RailLoss(nn.Module):
     vectors of each side first; "attention" is layer-wise with all teacher candidates for each
     student layer. The projections are trained with the student and discarded afterwards.
 
-    Args: teacher_dim, student_dim, num_pairs, projection_size: d_t, d_s, k, u; centre: whether to
-        subtract the batch mean from both sides (a batch of one then has a loss of 0, and with
-        several GPUs, each centres its own rows).
+    Args: teacher_dim (d_t), student_dim (d_s), num_pairs (k), projection_size (u); centre: whether
+        to subtract the batch mean from both sides. A batch of one then has a loss of 0. With
+        several GPUs, each centres its own rows, so the number of GPUs changes the results.
     Raises: ValueError for an unknown variant, or a size below 1."""
 
     def __init__(self, teacher_dim, student_dim, num_pairs, variant="layerwise",
@@ -210,7 +210,7 @@ class RailLoss(nn.Module):
         candidates t_j, weighted by softmax_j(s_i . t_j), with s and t not yet normalised. Returns a
         scalar; no gradient flows into `teacher_pooled`.
 
-        Args: student_pooled (B, k, d_s); teacher_pooled (B, k, d_t), attention: (B, n-1, d_t).
+        Args: student_pooled (B, k, d_s); teacher_pooled (B, k, d_t), attention (B, n-1, d_t).
         Raises: ValueError unless each side has exactly k layers (with attention, only the
             student's), or if the batch sizes differ."""
         ### BEGIN SOLUTION
@@ -246,9 +246,9 @@ def label_loss(logits, labels):
 def kd_loss(student_logits, teacher_logits, temperature):
     """T^2 * KL(softmax(z_t / T) || softmax(z_s / T)), batch mean, a scalar (Hinton et al. 2015).
 
-    A higher T shows more of how the teacher ranks the wrong classes. The gradient of the softened
-    KL shrinks as 1/T^2, for large T; the factor T^2 makes up for that. For regression, (B, 1): the
-    mean squared error. No gradient flows into `teacher_logits`.
+    A higher T shows more of how sure the teacher is and how it ranks the wrong classes. For large
+    T, the gradient of the softened KL shrinks as 1/T^2; the factor T^2 undoes that. For regression,
+    (B, 1): the mean squared error. No gradient flows into `teacher_logits`.
 
     Args: student_logits, teacher_logits (B, C); temperature T (checked even for regression).
     Raises: ValueError unless both shapes are the same (B, C), and 0 < T < infinity."""
@@ -283,21 +283,21 @@ def combined_loss(ce, kd, rail, weights):
 
 # ---- 3. One step, and the loop -----------------------------------------------------------------
 # The frozen teacher gives the same outputs for a sentence in every epoch, so it runs only once,
-# before the loop (section 4), and `teacher_outputs(rows, layers)` looks its outputs up. In `train`,
+# before the loop (section 4), and `teacher_outputs(rows, layers)` looks up its outputs. In `train`,
 # skip at first: rank, world, own, share (several GPUs); parts, data_id (resuming); scaler (fp16).
 
 
 class Distiller(nn.Module):
-    """Student and projections in one module, to be trained, saved and copied to GPUs together."""
+    """Student and projections in one module: trained, saved and copied to GPUs together."""
 
     def __init__(self, student, rail_loss, settings):
         super().__init__()
         self.student, self.rail_loss, self.settings = student, rail_loss, settings
 
     def forward(self, batch, teacher_logits=None, teacher_pooled=None):
-        """Returns (4,): CE, KD, RAIL and their weighted sum. KD is 0 without teacher logits, RAIL
-        without projections. Args: batch: {input_ids (B, S), ..., labels (B,)}; the teacher's
-        outputs for it: logits (B, C) and the layers of the map (B, k or n-1, d_t)."""
+        """Returns (4,): CE, KD, RAIL and their weighted sum. Without teacher logits, KD is 0;
+        without projections, RAIL is. Args: batch: {input_ids (B, S), ..., labels (B,)}; the
+        teacher's outputs for it: logits (B, C) and the layers of the map (B, k or n-1, d_t)."""
         use_rail = self.rail_loss is not None
         logits, pooled = model_outputs(self.student, batch, self.settings.precision, use_rail)
         ce = label_loss(logits, batch["labels"])
@@ -312,7 +312,7 @@ class Distiller(nn.Module):
 def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher_outputs=None, n=0):
     """Trains a Distiller in place; returns the history, one dict per epoch.
     `teacher_outputs(rows, layers)` gives the outputs of a teacher of n layers (section 4); without
-    it, only the labels teach. `after_epoch(history, layers)` may add scores to the last dict. All
+    it, only labels are used. `after_epoch(history, layers)` may add scores to the last dict. All
     randomness comes from seed, epoch and step: a killed run resumes after its last full epoch, on a
     CPU bit for bit. Raises FloatingPointError (a loss is not finite), ValueError or OSError."""
     rank, world = rank_and_world()
@@ -331,13 +331,13 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
         sums = torch.zeros(4, device=student.device)
         layers = choose_layers(settings, n, m, epoch)                           # the draw: (k,)
         seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
-        torch.manual_seed(seed + rank)             # for dropout; `seed` combines run and epoch
+        torch.manual_seed(seed + rank)             # for dropout
         distiller.train()
         batches = length_batches(lengths, settings.batch_size, seed)
         for step, rows in enumerate(progress(batches, f"epoch {epoch}")):
             if settings.resample == "step":
                 layers = choose_layers(settings, n, m, epoch, step)
-            own, share = own_rows(rows)            # this process's part; all rows, 1 if alone
+            own, share = own_rows(rows)            # without torchrun: all rows, and 1
             batch = make_batch(data, tokenizer, own, student.device)
             teacher_side = () if teacher_outputs is None else teacher_outputs(own, layers)
             losses = model(batch, *teacher_side)                                # (4,)
@@ -348,11 +348,11 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
             schedule.step()
             optimizer.zero_grad()
             sums += losses.detach() * share * len(rows) / len(data)    # stays on the device
-        # Reading the sums waits for the device, so the clock is read afterwards.
+        # Reading the sums waits for the device, so the clock stops after it.
         ce, kd, rail, total = sum_over_processes(sums, f"the loss of epoch {epoch}").tolist()
         seconds = time.perf_counter() - start
-        no_map = layers is None or settings.mapping == "attention" or settings.resample == "step"
-        history.append({"epoch": epoch, "layers": None if no_map else layers.tolist(),
+        one_map = settings.mapping in ("random", "skip", "last") and settings.resample == "epoch"
+        history.append({"epoch": epoch, "layers": layers.tolist() if one_map else None,
                         "seconds": seconds, "examples_per_second": len(data) / seconds,
                         "ce": ce, "kd": kd, "rail": rail, "total": total})
         after_epoch(history, layers)
@@ -493,13 +493,13 @@ def load_classifier(name, feature, seed, role):
         # weights_only.
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-            raise ValueError("it has no tokenizer: save that in the folder, too")
+            raise ValueError("it has no tokenizer: save one in the folder too")
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=getattr(feature, "num_classes", 1), ignore_mismatched_sizes=True,
             trust_remote_code=False, output_loading_info=True)
         # What a checkpoint lacks, transformers fills with random numbers. That is right for a new
         # classifier and for BERT's pooler, which belongs to it, but not for the encoder.
-        mismatched = {key for key, *_ in info["mismatched_keys"]}  # there, but of another shape
+        mismatched = {key for key, *_ in info["mismatched_keys"]}  # present, but of another shape
         untrained, encoder = mismatched | set(info["missing_keys"]), f"{model.base_model_prefix}."
         wrong = [key for key in untrained if key.startswith(encoder) and "pooler" not in key]
         if role == "teacher":
@@ -513,8 +513,8 @@ def align_labels(model, feature):
     """Gives a model the data's label names, in place, and puts its logits in the data's order.
     Some MNLI checkpoints number the classes differently from GLUE, and a student would silently
     learn the wrong ones. If the model has the data's names in another order, perhaps in another
-    case, the rows of its last linear layer are reordered. Any other names (LABEL_0) are replaced,
-    and the order is kept. For regression, the name is kept."""
+    case, the rows of its last linear layer are reordered. Other names (LABEL_0) are replaced;
+    the order is kept. For regression, the name is kept."""
     config, names = model.config, getattr(feature, "names", list(model.config.id2label.values()))
     # Letter case is ignored, unless two classes differ in nothing else.
     fold = str.lower if len(set(map(str.lower, names))) == len(names) else str
@@ -915,7 +915,7 @@ def make_rail_loss(teacher, student, settings):
 
 
 def run(settings):
-    """From Settings to a student on disk; returns what metrics.json holds.
+    """Trains a student from Settings; returns the contents of metrics.json.
 
     The run's folder will also hold student/ and, if the teacher was fine-tuned here, teacher/, both
     ready for transformers' pipeline. The student is that of the last epoch; none is chosen by its
@@ -1002,7 +1002,7 @@ def run(settings):
         del teacher, student, models
         return run(Settings(resume=str(folder), device=settings.device,
                             precision=settings.precision))
-    teacher.requires_grad_(False)                  # from here on it is frozen
+    teacher.requires_grad_(False)                  # frozen from here on
     teacher_logits = {name: predict(teacher, data, tokenizer, settings.precision)
                       for name, data in models["teacher"][1].items() if name not in UNSCORED}
     warn_of_weak_teacher(teacher_logits["validation"], np.array(sets["validation"]["label"]))
