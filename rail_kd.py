@@ -599,7 +599,9 @@ def toy_sentences(seed, sizes):
     clause without "although", or the one after "but" or "yet". Word order tells which clause that
     is, and a negation flips its meaning, so word counts say little. Sentences of one clause are a
     stepping stone for a deep model that starts from random weights. No sentence occurs twice for
-    one seed, and they depend only on the seed and the sizes.
+    one seed, and they depend only on the seed and the sizes. There are only 1,120 sentences of one
+    clause, so later sets have fewer of them: about 18% to validate, 15% for the student and 7% for
+    the teacher.
     """
     rng, label_of = np.random.default_rng([seed, 0x7071]), {}    # sentence -> label
     while len(label_of) < sum(sizes):
