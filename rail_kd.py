@@ -295,9 +295,9 @@ class Distiller(nn.Module):
         self.student, self.rail_loss, self.settings = student, rail_loss, settings
 
     def forward(self, batch, teacher_logits=None, teacher_pooled=None):
-        """Returns (4,): CE, KD, RAIL and their weighted sum. Without teacher logits, KD is 0;
-        without projections, RAIL is. Args: batch: {input_ids (B, S), ..., labels (B,)}; the
-        teacher's outputs for it: logits (B, C) and the layers of the map (B, k or n-1, d_t)."""
+        """Returns (4,): CE, KD, RAIL and their weighted sum. KD is 0 without teacher logits, RAIL
+        is 0 without projections. Args: batch: {input_ids (B, S), ..., labels (B,)}; the teacher's
+        outputs for it: logits (B, C) and the layers of the map (B, k or n-1, d_t)."""
         use_rail = self.rail_loss is not None
         logits, pooled = model_outputs(self.student, batch, self.settings.precision, use_rail)
         ce = label_loss(logits, batch["labels"])
