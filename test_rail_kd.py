@@ -625,15 +625,16 @@ def test_job_leaves_a_student_for_pipelines_and_all_numbers(world, tmp_path):
     assert set(result) == set("settings versions device teacher student epochs evaluation".split())
     assert {"layers", "ce", "kd", "rail", "total", "seconds", "examples_per_second", "accuracy",
             "agreement", "eval_loss"} <= set(result["epochs"][1]) and result["teacher"]["epochs"][0]
-    again = run(job(world, tmp_path / "again", epochs=2, teacher=str(out / "teacher"),
-                    student_layers=2))
-    assert [x["total"] for x in again["epochs"]] == [x["total"] for x in result["epochs"]], \
-        "the student is cut from the teacher that was fine-tuned, not from what it was before"
+    again = run(job(world, f"{out}2", epochs=2, teacher=f"{out}/teacher", student_layers=2))
+    assert again["epochs"][1]["total"] == result["epochs"][1]["total"], "cut before fine-tuning?"
+    toy = run(Settings(max_train_examples=9, teacher_epochs=1, epochs=1, output_dir=f"{out}3"))
+    tuned_on = [toy["teacher"]["epochs"][0][x] for x in ("seconds", "examples_per_second")]
+    assert round(math.prod(tuned_on)) == 8 * 9, "the toy's teacher has sentences of its own"
     assert "accuracy" in result["evaluation"][other]["teacher"]
     assert {x.name for x in out.iterdir()} == {"metrics.json", "student", "teacher"}
     pipe = transformers.pipeline("text-classification", model=str(out / "student"))
-    with open(world / "validation.csv", encoding="utf-8") as file:
-        right = [pipe(row["sentence"])[0]["label"] == row["label"] for row in csv.DictReader(file)]
+    rows = csv.DictReader((world / "validation.csv").read_text(encoding="utf-8").splitlines())
+    right = [pipe(row["sentence"])[0]["label"] == row["label"] for row in rows]
     assert np.mean(right) == pytest.approx(result["student"]["accuracy"])
     assert result["student"]["parameters"] == sum(p.numel() for p in pipe.model.parameters())
 
@@ -656,10 +657,9 @@ def test_two_processes_do_a_whole_job_like_one(world, tmp_path):
                                              world_size=count)
         run(job(world, tmp_path / f"{count}", teacher=f"{world}/encoder", teacher_epochs=2,
                 student=f"{world}/unused", batch_size=13, epochs=2, learning_rate=1e-2))
-    found = []
     for count in (1, 2):
         torch.multiprocessing.start_processes(whole_job, (count,), count, start_method="fork")
-        found.append(json.loads((tmp_path / f"{count}" / "metrics.json").read_text()))
+    found = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in "12"]
     for a, b in zip(*(x["teacher"]["epochs"] + x["epochs"] for x in found)):
         for key in ("ce", "kd", "rail", "total", "eval_loss"):
             close(a[key], b[key], f"{key}: a mean over the batch, however it is shared", 1e-4)
