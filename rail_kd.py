@@ -49,7 +49,7 @@ and two public re-implementations (aitsc/GLMKD, TKC002/CILDA-plus-minILD). Origi
     candidates 1..n-1, k = m-1 pairs: the last layers stay out of the draw    GLMKD
     one projection per side, shared by all pairs; squared distance            GLMKD
     the mean over pairs and sentences, so that RAIL lies in [0, 4]            CILDA (GLMKD: the sum)
-    pair by pair (both publish with all k layers joined: --variant concat)      ours
+    pair by pair (both publish with all k layers joined: --variant concat)    ours
     padding is excluded from the mean over tokens (both include it)           ours
     temperature 2 (the factor T^2 is standard)                                ours (GLMKD: 10)
     10 epochs, learning rate 5e-5, 10% warm-up, no weight decay or clipping   ours (CILDA: 20, 2e-5)
@@ -600,8 +600,8 @@ def toy_sentences(seed, sizes):
     is, and a negation flips its meaning, so word counts say little. Sentences of one clause are a
     stepping stone for a deep model that starts from random weights. No sentence occurs twice for
     one seed, and they depend only on the seed and the sizes. There are only 1,120 sentences of one
-    clause, so later sets have fewer of them: about 18% to validate, 15% for the student and 7% for
-    the teacher.
+    clause, so later sets have fewer of them: about 18% of the validation set, 15% of the student's
+    sentences and 7% of the teacher's.
     """
     rng, label_of = np.random.default_rng([seed, 0x7071]), {}    # sentence -> label
     while len(label_of) < sum(sizes):
@@ -954,11 +954,10 @@ def run(settings):
               "student": encode_and_check(student, student_tokenizer, sets, settings, "student")}
 
     rank, world = rank_and_world()
-    # Claim the folder with a file that only one run can create.
     results["settings"] = dataclasses.asdict(settings) | {"resume": None}
     results["versions"] = {x.__name__: x.__version__ for x in (torch, transformers, datasets, np)}
     results["device"] = f"{settings.device}, {torch.get_num_threads()} threads x {world}"
-    if not settings.resume and rank == 0:
+    if not settings.resume and rank == 0:          # claim the folder: only one run can create it
         with one_line_error(f"--output-dir {folder} is in use or can't be written to"):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "metrics.json").touch(exist_ok=False)
@@ -1150,7 +1149,7 @@ def load_run(settings):
 
 
 def main(argv=None):
-    """The command line. Returns 0, 2 for bad input and the like (one line on stderr; a traceback if
+    """The command line. Returns 0, 2 for an expected error (one line on stderr; a traceback if
     RAIL_KD_DEBUG=1 is in the environment), or 130 after Ctrl-C."""
     parser = transformers.HfArgumentParser(
         Settings, description=__doc__.splitlines()[0], allow_abbrev=False, exit_on_error=False)
