@@ -29,10 +29,10 @@ The toy run ends by printing:
     teacher      12     413,122        1.7             3.80  1.0000
     student       4     145,346        0.6             1.37  0.9930
 
-A fifth of the student's labels are wrong on purpose. Seed 0 is lucky. Over ten seeds (commands: the
-notebook's appendix), the accuracies (mean +- standard deviation) are: labels alone (--mapping
-finetune) 0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963 +- 0.029, with
---centre 0.987 +- 0.019. Without it, RAIL-KD never beat vanilla KD in our tests.
+A fifth of the student's labels are wrong on purpose. Seed 0 is lucky. Accuracy over ten seeds, mean
++- standard deviation (commands: the notebook's appendix): labels alone (--mapping finetune)
+0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963 +- 0.029, with --centre
+0.987 +- 0.019. Without --centre, none of our tests found RAIL-KD better than vanilla KD.
 
 Notation: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
@@ -49,7 +49,7 @@ and two public re-implementations (aitsc/GLMKD, TKC002/CILDA-plus-minILD). Origi
     candidates 1..n-1, k = m-1 pairs: the last layers stay out of the draw    GLMKD
     one projection per side, shared by all pairs; squared distance            GLMKD
     the mean over pairs and sentences, so that RAIL lies in [0, 4]            CILDA (GLMKD: the sum)
-    pair by pair (both publish with all k layers joined: --variant concat)    ours
+    pair by pair (both concatenate all k layers, as --variant concat does)    ours
     padding is excluded from the mean over tokens (both include it)           ours
     temperature 2 (the factor T^2 is standard)                                ours (GLMKD: 10)
     10 epochs, learning rate 5e-5, 10% warm-up, no weight decay or clipping   ours (CILDA: 20, 2e-5)
@@ -92,11 +92,11 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
 def sample_layer_map(num_teacher_layers, num_student_layers, rng):
-    """RAIL-KD's draw: the teacher layers that teach the student layers 1, 2, ..., m-1.
+    """RAIL-KD's draw: one teacher layer for each of the student layers 1, 2, ..., m-1.
 
     k = m-1 distinct layers are drawn uniformly, without replacement, from the intermediate layers
-    1..n-1 of the teacher, and sorted ascending. Layers count from 1, like `hidden_states`, whose
-    position 0 holds the embeddings.
+    1..n-1 of the teacher, and sorted ascending. Layers are counted from 1, as in `hidden_states`,
+    whose position 0 holds the embeddings.
 
     Args: num_teacher_layers, num_student_layers: n and m; rng: an np.random.Generator, the only
         source of randomness.
@@ -112,14 +112,14 @@ def sample_layer_map(num_teacher_layers, num_student_layers, rng):
 
 
 def evenly_spaced(n, m):
-    """m evenly spaced layers out of 1..n, ending with n: those that a student cut from it keeps."""
+    """m evenly spaced layers out of 1..n, ending with n: those that `build_student` keeps."""
     return [round(i * n / m) for i in range(1, m + 1)]
 
 
 def choose_layers(settings, n, m, epoch, step=0):
     """The teacher layers to learn from, counted from 1; None if the mapping does not use RAIL.
     A new mapping needs a case here and its name in `Settings.mapping`. `skip`, `last` and
-    `attention` borrow only the map of their method, not its loss."""
+    `attention` take only the map from their papers, not the loss."""
     if settings.mapping == "random":               # RAIL-KD: (k,)
         # Seeded by the epoch, not by earlier draws: a resumed run draws the same layers.
         key = [settings.seed, epoch, step if settings.resample == "step" else 0]
@@ -142,13 +142,13 @@ def choose_layers(settings, n, m, epoch, step=0):
 # mapping all sentences to one direction. RAIL then teaches the student nothing.
 #
 # How to see it. Each epoch reports `cosine`, c: the mean cosine between the projected teacher
-# vectors of different sentences (the first 256). If c is near 1, they have collapsed. A student
-# that maps every sentence to their mean direction has a loss of about 2 - 2 sqrt(c), since sqrt(c)
-# is their mean cosine with it. Only a clearly lower loss late in training shows more, and even that
+# vectors of different sentences (the first 256). Near 1, they have collapsed. A student that maps
+# every sentence to their mean direction already has a loss of about 2 - 2 sqrt(c), since sqrt(c) is
+# their mean cosine with it. Only a clearly lower loss late in training shows more, and even that
 # may be due to the projections alone. (With --centre and attention, the estimate differs.)
 #
-# What --centre does. Before normalisation, it subtracts each side's batch mean, which all sentences
-# share. It beat vanilla KD on the toy, from random weights (+0.027 +- 0.014), but not on real text.
+# What --centre does. Before normalisation, it subtracts each side's batch mean, the part common to
+# all sentences. From random weights, it beat vanilla KD on the toy (accuracy +0.027), not on films.
 
 
 def mean_pool(hidden_states, attention_mask):
@@ -180,8 +180,8 @@ class RailLoss(nn.Module):
     student layer. The projections are trained with the student and discarded afterwards.
 
     Args: teacher_dim (d_t), student_dim (d_s), num_pairs (k), projection_size (u); centre: whether
-        to subtract the batch mean from both sides. A batch of one then has a loss of 0. With
-        several GPUs, each centres its own rows, so the number of GPUs changes the results.
+        to subtract the batch mean from both sides. Then a batch of one has a loss of 0, and
+        each of several GPUs centres its own rows, so their number changes the results.
     Raises: ValueError for an unknown variant, or a size below 1."""
 
     def __init__(self, teacher_dim, student_dim, num_pairs, variant="layerwise",
@@ -232,7 +232,7 @@ class RailLoss(nn.Module):
         """The mean cosine between different sentences after the teacher's projection: a float."""
         B = len(teacher_pooled)
         t = F.normalize(self.project(self.teacher_proj, teacher_pooled), dim=-1)
-        # || sum ||^2 adds up B^2 cosines: B of a vector with itself (1), B (B - 1) of other pairs.
+        # || sum ||^2 adds up B^2 cosines: B of a vector with itself (1 each), B (B - 1) of others.
         return ((t.sum(dim=0).pow(2).sum(dim=-1) - B) / max(B * (B - 1), 1)).mean().item()
 
 
@@ -246,9 +246,9 @@ def label_loss(logits, labels):
 def kd_loss(student_logits, teacher_logits, temperature):
     """T^2 * KL(softmax(z_t / T) || softmax(z_s / T)), batch mean, a scalar (Hinton et al. 2015).
 
-    A higher T shows more of how sure the teacher is and how it ranks the wrong classes. For large
-    T, the gradient of the softened KL shrinks as 1/T^2; the factor T^2 undoes that. For regression,
-    (B, 1): the mean squared error. No gradient flows into `teacher_logits`.
+    A higher T flattens both distributions, so the teacher's ranking of the wrong classes counts
+    for more. For large T, the gradient of the softened KL shrinks as 1/T^2; the factor T^2 undoes
+    that. For regression, (B, 1): the mean squared error. No gradient flows into `teacher_logits`.
 
     Args: student_logits, teacher_logits (B, C); temperature T (checked even for regression).
     Raises: ValueError unless both shapes are the same (B, C), and 0 < T < infinity."""
@@ -283,8 +283,8 @@ def combined_loss(ce, kd, rail, weights):
 
 # ---- 3. One step, and the loop -----------------------------------------------------------------
 # The frozen teacher gives the same outputs for a sentence in every epoch, so it runs only once,
-# before the loop (section 4), and `teacher_outputs(rows, layers)` looks up its outputs. In `train`,
-# skip at first: rank, world, own, share (several GPUs); parts, data_id (resuming); scaler (fp16).
+# before the loop (section 4), and `teacher_outputs(rows, layers)` looks up its outputs. Ignore at
+# first: rank, world, own, share (several GPUs); parts, data_id (resuming); scaler (fp16).
 
 
 class Distiller(nn.Module):
@@ -313,8 +313,8 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
     """Trains a Distiller in place; returns the history, one dict per epoch.
     `teacher_outputs(rows, layers)` gives the outputs of a teacher of n layers (section 4); without
     it, only labels are used. `after_epoch(history, layers)` may add scores to the last dict. All
-    randomness comes from seed, epoch and step: a killed run resumes after its last full epoch, on a
-    CPU bit for bit. Raises FloatingPointError (a loss is not finite), ValueError or OSError."""
+    randomness comes from seed, epoch and step: a killed run resumes after its last complete epoch,
+    on a CPU bit for bit. Raises FloatingPointError (a loss isn't finite), ValueError or OSError."""
     rank, world = rank_and_world()
     student = distiller.student
     steps = math.ceil(len(data) / settings.batch_size) * settings.epochs
@@ -363,13 +363,13 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
 def make_optimizer(distiller, settings, steps):
     """(AdamW, its learning-rate schedule over `steps` steps, the loss scaler)."""
     groups = [{"params": distiller.student.parameters(), "lr": settings.learning_rate}]
-    if distiller.rail_loss is not None:    # new projections may need another rate
+    if distiller.rail_loss is not None:    # new projections may need a different one
         rate = settings.projection_learning_rate or settings.learning_rate
         groups.append({"params": distiller.rail_loss.parameters(), "lr": rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     # Warm-up for a tenth of the steps, then linearly down to 0.
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    # In fp16, small gradients round to 0, so the loss is scaled up and the gradients down again.
+    # In fp16, small gradients round to 0, so the loss is scaled up, and the gradients down later.
     device = distiller.student.device.type
     return optimizer, schedule, torch.amp.GradScaler(device, enabled=settings.precision == "fp16")
 
@@ -430,7 +430,7 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
     hash of the model, the sentences, the precision and the pooling. Raises ValueError if the disk
     has too little space."""
     # Labels are left out, so that the same sentences with other labels can share a table. The hash
-    # covers the code of two functions: change one of them, and the table is made anew.
+    # covers the code of two functions: after a change of either, the table is made anew.
     name = fingerprint(data.remove_columns("label"), str(teacher.config), tokenizer.padding_side,
                        settings.precision, mean_pool.__code__, model_outputs.__code__,
                        *teacher.state_dict().values())
@@ -442,7 +442,7 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
     if not done and 2 * size > shutil.disk_usage(parent).free:
         raise ValueError(f"{parent} has no room for the teacher's outputs ({2e-9 * size:.1f} GB)")
     folder.mkdir(exist_ok=True)
-    # shared: what is written to it reaches the disk
+    # shared: what is written to `pooled` reaches the file
     pooled = torch.from_file(str(file), shared=True, size=size, dtype=torch.half).view(shape)
     if not done:
         print(f"The teacher runs once; {2e-6 * size:,.1f} MB of outputs go to {folder}")
@@ -489,8 +489,8 @@ def load_classifier(name, feature, seed, role):
         return *toy_teacher(seed), False
     torch.manual_seed(seed)
     with one_line_error(f"no {role} that fits the data can be loaded from {name!r}"):
-        # No code from the hub can run here: not a model's own, and transformers reads pickles with
-        # weights_only.
+        # No code from the hub can run here: a model's own is refused, and transformers reads
+        # pickles with weights_only.
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
             raise ValueError("it has no tokenizer: save one in the folder too")
@@ -601,8 +601,7 @@ def toy_sentences(seed, sizes):
     stepping stone for a deep model that starts from random weights. No sentence occurs twice for
     one seed, and they depend only on the seed and the sizes. There are only 1,120 sentences of one
     clause, so later sets have fewer of them: about 18% of the validation set, 15% of the student's
-    sentences and 7% of the teacher's.
-    """
+    sentences and 7% of the teacher's."""
     rng, label_of = np.random.default_rng([seed, 0x7071]), {}    # sentence -> label
     while len(label_of) < sum(sizes):
         clauses, labels = [], []                   # of the clause that decides, then of the other
@@ -621,12 +620,11 @@ def toy_sentences(seed, sizes):
 def read_file(path, train=None):
     """A CSV or JSON Lines file -> Dataset with sentence1, perhaps sentence2, and label.
 
-    Names or whole numbers become classes, in sorted order; a single decimal makes it regression.
+    Names or whole numbers become classes, in sorted order; one decimal is enough for regression.
     Later files must have the columns of `train`, and its labels or, if these are names, class
     numbers (0 for "negative"). Raises ValueError. `datasets.load_dataset` is avoided because it
     treats [ and * in a path as a pattern, turns 007 into 7, and returns old rows for a file that
-    changed but kept its timestamp.
-    """
+    changed but kept its timestamp."""
     with one_line_error(f"{path} must be CSV or JSON Lines, in UTF-8, with sentence and label"):
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = (list(csv.DictReader(file, strict=True)) if path.lower().endswith(".csv")
@@ -670,8 +668,7 @@ def load_task(settings):
     All sets are scored except "train" and the toy's "teacher_train", which holds eight times as
     many other sentences, all labelled correctly. MNLI also has "validation_mismatched". GLUE's test
     splits are left out: except for MRPC's, they have no labels. Raises ValueError if the hub can't
-    be reached or a file is bad.
-    """
+    be reached or a file is bad."""
     size = settings.max_train_examples
     if settings.task == "toy":
         size = size or 1000
@@ -700,8 +697,7 @@ def encode(data, tokenizer, model, max_length):
     """Dataset of text -> Dataset of token ids (input_ids, attention_mask, ...) and label.
 
     Truncated to `max_length` tokens, or to what tokenizer and model allow, but not padded yet.
-    Columns that the model does not accept (DistilBERT: token_type_ids) are dropped.
-    """
+    Columns that the model does not accept (DistilBERT: token_type_ids) are dropped."""
     limit = min(max_length, tokenizer.model_max_length)
     positions = getattr(model.config, "max_position_embeddings", None) or -1     # XLNet has -1
     if 0 < positions < limit:
@@ -749,8 +745,7 @@ def compute_metrics(logits, labels, task=None, teacher_logits=None):
     """GLUE's metrics for arrays (N, C) and (N,): {"accuracy": ..., "eval_loss": ...}.
 
     Your own data are scored by accuracy, or by two correlations for regression. `eval_loss` is CE
-    in nats or the mean squared error; `agreement` is how often the teacher chooses the same class.
-    """
+    in nats or the mean squared error; `agreement`: how often the teacher chooses the same class."""
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
     loss = {"eval_loss": float(label_loss(torch.tensor(logits), torch.tensor(labels)))}
     if logits.shape[1] == 1:
@@ -862,7 +857,7 @@ class Settings:
         toy = self.task in (None, "toy") and own_files == [None, None]
         found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         device = found.type if self.device == "auto" else self.device
-        # A T4 only emulates bf16, slowly.
+        # A T4 emulates bf16, which is slow.
         half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         modes = {"cuda": [half, "fp16", "bf16"], "cpu": ["fp32", "bf16"]}.get(device, []) + ["fp32"]
         defaults = {"task": "toy" if toy else None, "teacher": None if toy else "bert-base-uncased",
@@ -920,11 +915,10 @@ def run(settings):
     """Trains a student from Settings; returns the contents of metrics.json.
 
     The run's folder will also hold student/ and, if the teacher was fine-tuned here, teacher/, both
-    ready for transformers' pipeline. The student is that of the last epoch; none is chosen by its
-    score. The table of section 4 stays, beside the teacher or here. Until the run ends, *.pt holds
-    the state after the last epoch. A resumed run repeats these steps and reuses what it finds.
-    Raises ValueError, OSError or FloatingPointError, each with a message for the user.
-    """
+    ready for transformers' pipeline. The student is that of the last epoch; no epoch is chosen by
+    its score. The table of section 4 stays, in the teacher's folder or here. Until the run ends,
+    *.pt holds the state after the last epoch. A resumed run repeats these steps and reuses what it
+    finds. Raises ValueError, OSError or FloatingPointError, each with a message for the user."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -1143,7 +1137,7 @@ def load_run(settings):
     with one_line_error(f"--resume {settings.resume}: no run can be resumed there"):
         saved = json.loads((Path(settings.resume) / "metrics.json").read_text())
         stored = saved["settings"] | {"output_dir": settings.resume}
-        if settings.device not in ("auto", stored["device"]):     # may lack the precision
+        if settings.device not in ("auto", stored["device"]):     # may lack its precision
             stored["precision"] = "auto"
         return Settings(**stored | {x: given[x] for x in given if given[x] != "auto"}), saved
 
