@@ -513,7 +513,7 @@ def align_labels(model, feature):
     """Gives a model the data's label names, in place, and puts its logits in the data's order.
     Some MNLI checkpoints number the classes differently from GLUE, and a student would silently
     learn the wrong ones. If the model has the data's names in another order, perhaps in another
-    case, the rows of its last linear layer are reordered. Other names (LABEL_0) are replaced;
+    case, the rows of its classifier's last layer are reordered. Other names (LABEL_0) are replaced;
     the order is kept. For regression, the name is kept."""
     config, names = model.config, getattr(feature, "names", list(model.config.id2label.values()))
     # Letter case is ignored, unless two classes differ in nothing else.
@@ -522,7 +522,9 @@ def align_labels(model, feature):
     old = [fold(config.id2label[i]) for i in range(len(names))]
     if old != wanted and sorted(old) == sorted(wanted):        # the same names, in another order
         order = [old.index(name) for name in wanted]
-        head = [x for x in model.modules() if getattr(x, "out_features", 0) == len(names)][-1]
+        encoder = set(model.base_model.modules())
+        head = [x for x in model.modules()
+                if x not in encoder and getattr(x, "out_features", 0) == len(names)][-1]
         head.load_state_dict({key: x[order] for key, x in head.state_dict().items()})
     config.problem_type = "single_label_classification" if len(names) > 1 else "regression"
     config.id2label = dict(enumerate(names))
@@ -627,8 +629,9 @@ def read_file(path, train=None):
     changed but kept its timestamp."""
     with one_line_error(f"{path} must be CSV or JSON Lines, in UTF-8, with sentence and label"):
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = (list(csv.DictReader(file, strict=True)) if path.lower().endswith(".csv")
-                    else [json.loads(line) for line in file if line.strip()])
+            rows = (list(csv.DictReader(file, strict=True, skipinitialspace=True))
+                    if path.lower().endswith(".csv") else     # as text: 3.0 is a decimal, 3 is not
+                    [json.loads(x, parse_int=str, parse_float=str) for x in file if x.strip()])
         if not rows:
             raise ValueError("it has no examples")
         first = "sentence" if "sentence" in rows[0] else "sentence1"
@@ -650,8 +653,9 @@ def cast_labels(data, train=None):
         known = set(getattr(train.features["label"], "names", numbers))         # regression: any
         numeric = all(map(NUMBER.fullmatch, known))
         # Classes with names may be given by number too, but -1 means "no label" to datasets.
-        if labels - known and (numeric or "-1" in labels):
-            raise ValueError(f"the training data have no label {min(labels - known)!r}")
+        wrong = [x for x in sorted(labels - known) if numeric or x.strip().startswith("-")]
+        if wrong:
+            raise ValueError(f"the training data have no label {wrong[0]!r}")
         return data.cast(train.features)
     if len(labels) == 1 or 0 < len(numbers) < len(labels):
         raise ValueError("labels must differ, and be all names or all numbers")
@@ -1109,8 +1113,7 @@ def save_json(path, content):
 
 def save_state(file, parts, data_id, history):
     """Saves what a killed run needs to resume. `data_id`: see `fingerprint`."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"history": history, "data": data_id}
+    state = {name: parts[name].state_dict() for name in parts} | {"history": history, "data": data_id}
     save(file, lambda tmp: torch.save(state, tmp))
 
 
