@@ -1113,8 +1113,8 @@ def save_json(path, content):
 
 def save_state(file, parts, data_id, history):
     """Saves what a killed run needs to resume. `data_id`: see `fingerprint`."""
-    state = {name: parts[name].state_dict() for name in parts} | {"history": history, "data": data_id}
-    save(file, lambda tmp: torch.save(state, tmp))
+    state = {name: part.state_dict() for name, part in parts.items()}
+    save(file, lambda tmp: torch.save(state | {"history": history, "data": data_id}, tmp))
 
 
 def load_state(file, parts, data_id):
