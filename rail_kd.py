@@ -629,8 +629,9 @@ def read_file(path, train=None):
     changed but kept its timestamp."""
     with one_line_error(f"{path} must be CSV or JSON Lines, in UTF-8, with sentence and label"):
         with open(path, newline="", encoding="utf-8-sig") as file:
+            # Numbers in JSON stay text, as in CSV: 3.0 is a decimal, 3 may be a class.
             rows = (list(csv.DictReader(file, strict=True, skipinitialspace=True))
-                    if path.lower().endswith(".csv") else     # as text: 3.0 is a decimal, 3 is not
+                    if path.lower().endswith(".csv") else
                     [json.loads(x, parse_int=str, parse_float=str) for x in file if x.strip()])
         if not rows:
             raise ValueError("it has no examples")
