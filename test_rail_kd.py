@@ -3,9 +3,9 @@ The order is that of the file. The name of a test says the property; expected va
 formulas in float64, not from the module. `pytest -q -x -k NAME` with sample_layer_map, mean_pool,
 RailLoss, kd_loss or combined_loss checks one exercise."""
 import csv, inspect, itertools, json, math, os, re, shutil, sys, tempfile
-os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}     # threads don't survive a fork
-os.environ["HF_HUB_OFFLINE"] = "1"                 # no test may reach for the network,
-os.environ["HF_HOME"] = tempfile.mkdtemp()         # or leave anything in a cache
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",      # threads don't survive a fork
+               "HF_HUB_OFFLINE": "1", "RAIL_KD_DEBUG": "",          # no network, no tracebacks,
+               "HF_HOME": tempfile.mkdtemp()}                       # and nothing left in a cache
 
 import datasets
 import numpy as np
