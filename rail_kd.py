@@ -69,7 +69,7 @@ Good first changes: a map in `choose_layers`, the distance in `RailLoss.forward`
 import argparse, contextlib, copy, csv, dataclasses, inspect, json, math, os
 import re, shlex, shutil, sys, time, timeit
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import datasets
 import numpy as np
@@ -442,6 +442,8 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
     if not done and 2 * size > shutil.disk_usage(parent).free:
         raise ValueError(f"{parent} has no room for the teacher's outputs ({2e-9 * size:.1f} GB)")
     folder.mkdir(exist_ok=True)
+    if not done:                                   # a table that is filled again is not done
+        (folder / "logits.pt").unlink(missing_ok=True)
     # shared: what is written to `pooled` reaches the file
     pooled = torch.from_file(str(file), shared=True, size=size, dtype=torch.half).view(shape)
     if not done:
@@ -519,7 +521,7 @@ def align_labels(model, feature):
     # Letter case is ignored, unless two classes differ in nothing else.
     fold = str.lower if len(set(map(str.lower, names))) == len(names) else str
     wanted = [fold(name) for name in names]
-    old = [fold(config.id2label[i]) for i in range(len(names))]
+    old = [fold(str(config.id2label[i])) for i in range(len(names))]
     if old != wanted and sorted(old) == sorted(wanted):        # the same names, in another order
         order = [old.index(name) for name in wanted]
         encoder = set(model.base_model.modules())
@@ -636,7 +638,7 @@ def read_file(path, train=None):
         if not rows:
             raise ValueError("it has no examples")
         first = "sentence" if "sentence" in rows[0] else "sentence1"
-        names = [first, *({"sentence2"} & rows[0].keys()), "label"]
+        names = [first, *({"sentence2"} & set().union(*rows)), "label"]
         for number, row in enumerate(rows, 1):
             # csv keeps surplus cells under the key None, and gives a missing cell the value None.
             if None in [*row, *map(row.get, names)] or row["label"] in MISSING:
@@ -855,6 +857,9 @@ class Settings:
             low, flag = {"seed": -1, "max_length": 3}.get(name, 0), name.replace("_", "-")
             if value in ("", [""]):
                 raise ValueError(f"--{flag} is empty: give a value, or leave it out")
+            choices = get_args(Settings.__annotations__[name])      # of a Literal
+            if str in map(type, choices) and value not in choices:
+                raise ValueError(f"--{flag} {value!r} is not one of {', '.join(choices)}")
             # NaN is refused too, since every comparison with it is false.
             if type(value) in (int, float) and not low < value < 2 ** 63:
                 raise ValueError(f"--{flag} {value!r} must be above {low} and below 2^63")
@@ -1026,8 +1031,8 @@ def run(settings):
     save_model(folder / "student", student, student_tokenizer)
     print_table(results)
     print(f"\nThe student is in {folder / 'student'}; all numbers are in metrics.json beside it.")
-    for state in folder.glob("*.pt"):
-        state.unlink(missing_ok=True)
+    for role in models:
+        (folder / f"{role}.pt").unlink(missing_ok=True)
     return results
 
 
