@@ -64,7 +64,7 @@ Sections 1 to 3, about 300 lines, are the method: read them in one sitting. The 
                                         > label_loss, kd_loss, RailLoss, combined_loss (2)
 
 Good first changes: a map in `choose_layers`, the distance in `RailLoss.forward`, another total in
-`Distiller.forward`. SOLUTION: an exercise. RAIL_KD_DEBUG=1 shows tracebacks. `settings.x` is --x.
+`Distiller.forward`. SOLUTION marks exercises. RAIL_KD_DEBUG=1 shows tracebacks. `settings.x`: --x.
 """
 import argparse, contextlib, copy, csv, dataclasses, inspect, json, math, os
 import re, shlex, shutil, sys, time, timeit
@@ -118,7 +118,7 @@ def evenly_spaced(n, m):
 
 def choose_layers(settings, n, m, epoch, step=0):
     """The teacher layers to learn from, counted from 1; None if the mapping does not use RAIL.
-    A new mapping needs a case here and its name in `Settings.mapping`. `skip`, `last` and
+    A new mapping needs an entry here and its name in `Settings.mapping`. `skip`, `last` and
     `attention` take only the map from their papers, not the loss."""
     if settings.mapping == "random":               # RAIL-KD: (k,)
         # Seeded by the epoch, not by earlier draws: a resumed run draws the same layers.
@@ -142,13 +142,13 @@ def choose_layers(settings, n, m, epoch, step=0):
 # mapping all sentences to one direction. RAIL then teaches the student nothing.
 #
 # How to see it. Each epoch reports `cosine`, c: the mean cosine between the projected teacher
-# vectors of different sentences (the first 256). Near 1, they have collapsed. A student that maps
-# every sentence to their mean direction already has a loss of about 2 - 2 sqrt(c), since sqrt(c) is
-# their mean cosine with it. Only a clearly lower loss late in training shows more, and even that
-# may be due to the projections alone. (With --centre and attention, the estimate differs.)
+# vectors of different sentences (the first 256). Near 1, they have collapsed. A student that gives
+# every sentence the mean direction of these vectors has a loss of about 2 - 2 sqrt(c): their mean
+# cosine with it is sqrt(c). Only a clearly lower loss late in training shows more, and even that
+# may be due to the projections alone. (The estimate does not hold with --centre or attention.)
 #
 # What --centre does. Before normalisation, it subtracts each side's batch mean, the part common to
-# all sentences. From random weights, it beat vanilla KD on the toy (accuracy +0.027), not on films.
+# all sentences. With it, students from random weights beat vanilla KD on the toy, not on films.
 
 
 def mean_pool(hidden_states, attention_mask):
@@ -180,7 +180,7 @@ class RailLoss(nn.Module):
     student layer. The projections are trained with the student and discarded afterwards.
 
     Args: teacher_dim (d_t), student_dim (d_s), num_pairs (k), projection_size (u); centre: whether
-        to subtract the batch mean from both sides. Then a batch of one has a loss of 0, and
+        to subtract the batch mean from both sides. With it, a batch of one has a loss of 0, and
         each of several GPUs centres its own rows, so their number changes the results.
     Raises: ValueError for an unknown variant, or a size below 1."""
 
@@ -210,7 +210,7 @@ class RailLoss(nn.Module):
         candidates t_j, weighted by softmax_j(s_i . t_j), with s and t not yet normalised. Returns a
         scalar; no gradient flows into `teacher_pooled`.
 
-        Args: student_pooled (B, k, d_s); teacher_pooled (B, k, d_t), attention (B, n-1, d_t).
+        Args: student_pooled (B, k, d_s); teacher_pooled (B, k, d_t), or (B, n-1, d_t) if attention.
         Raises: ValueError unless each side has exactly k layers (with attention, only the
             student's), or if the batch sizes differ."""
         ### BEGIN SOLUTION
@@ -304,7 +304,7 @@ class Distiller(nn.Module):
         kd = rail = torch.zeros_like(ce)
         if teacher_logits is not None:
             kd = kd_loss(logits, teacher_logits, self.settings.temperature)
-        if use_rail:                               # layers 1..m-1; layer m learns from the logits
+        if use_rail:                               # (B, m-1, d_s): layer m learns from the logits
             rail = self.rail_loss(pooled[:, :-1], teacher_pooled)
         return torch.stack([ce, kd, rail, combined_loss(ce, kd, rail, self.settings.weights)])
 
@@ -348,11 +348,11 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
             schedule.step()
             optimizer.zero_grad()
             sums += losses.detach() * share * len(rows) / len(data)    # stays on the device
-        # Reading the sums waits for the device, so the clock stops after it.
+        # Reading the sums waits for the device, so the clock stops only then.
         ce, kd, rail, total = sum_over_processes(sums, f"the loss of epoch {epoch}").tolist()
         seconds = time.perf_counter() - start
-        one_map = settings.mapping in ("random", "skip", "last") and settings.resample == "epoch"
-        history.append({"epoch": epoch, "layers": layers.tolist() if one_map else None,
+        no_map = layers is None or settings.mapping == "attention" or settings.resample == "step"
+        history.append({"epoch": epoch, "layers": None if no_map else layers.tolist(),
                         "seconds": seconds, "examples_per_second": len(data) / seconds,
                         "ce": ce, "kd": kd, "rail": rail, "total": total})
         after_epoch(history, layers)
@@ -363,7 +363,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
 def make_optimizer(distiller, settings, steps):
     """(AdamW, its learning-rate schedule over `steps` steps, the loss scaler)."""
     groups = [{"params": distiller.student.parameters(), "lr": settings.learning_rate}]
-    if distiller.rail_loss is not None:    # new projections may need a different one
+    if distiller.rail_loss is not None:    # new weights may need another rate
         rate = settings.projection_learning_rate or settings.learning_rate
         groups.append({"params": distiller.rail_loss.parameters(), "lr": rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
@@ -399,7 +399,8 @@ def model_outputs(model, batch, precision="fp32", pool=False):
 
 
 def make_batch(data, tokenizer, rows, device):
-    """Rows of encoded data, padded to the longest: {input_ids (B, S), ..., labels (B,)}."""
+    """Rows of encoded data, padded to the longest: {input_ids (B, S), ..., labels (B,)}. (The
+    collator renames the column "label" to "labels".)"""
     return transformers.DataCollatorWithPadding(tokenizer)(data[rows]).to(device)
 
 
@@ -439,11 +440,11 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
     file = folder / "pooled.bin"                   # large, so someone may have deleted it
     done = from_rank_0(file.exists() and file.stat().st_size == 2 * size
                        and (folder / "logits.pt").exists())            # which is written last
-    if not done and 2 * size > shutil.disk_usage(parent).free:
-        raise ValueError(f"{parent} has no room for the teacher's outputs ({2e-9 * size:.1f} GB)")
-    folder.mkdir(exist_ok=True)
-    if not done:                                   # a table that is filled again is not done
-        (folder / "logits.pt").unlink(missing_ok=True)
+    if not done:
+        if 2 * size > shutil.disk_usage(parent).free:
+            raise ValueError(f"{parent}: no room for the teacher's outputs ({2e-9 * size:.1f} GB)")
+        folder.mkdir(exist_ok=True)
+        (folder / "logits.pt").unlink(missing_ok=True)         # it marks a complete table
     # shared: what is written to `pooled` reaches the file
     pooled = torch.from_file(str(file), shared=True, size=size, dtype=torch.half).view(shape)
     if not done:
@@ -552,17 +553,18 @@ def build_student(teacher, num_layers):
         path = next(p for p, x in cut.named_modules() if type(x) is nn.ModuleList and len(x) == n)
         cut.set_submodule(path, nn.ModuleList(cut.get_submodule(path)[i] for i in kept))
         # Copy the weights into a new model with this config, as loading the saved student will do;
-        # a weight with no place there raises here.
+        # a weight that does not fit raises here.
         student = type(teacher)(cut.config)
         student.load_state_dict(cut.state_dict())
     return student.train()
 
 
 def encode_and_check(model, tokenizer, sets, settings, role):
-    """Encodes all data for one model, gives the model the data's label names, and tries it on
-    the shortest and longest example of each set. Raises ValueError, before anything slow begins, if
-    the method can't use the model: no attention mask, hidden states that are missing or of another
-    shape, too few positions, a precision that it can't run in."""
+    """Moves the model to the device, encodes all data for it, gives it the data's label names, and
+    tries it on the shortest and longest example of each set. Returns (model, encoded sets,
+    tokenizer). Raises ValueError, before anything slow begins, if the method can't use the model:
+    no attention mask, hidden states that are missing or of another shape, too few positions, a
+    precision that it can't run in."""
     model.to(settings.device)
     hint = "" if settings.precision == "fp32" else "; --precision fp32 may help"
     with one_line_error(f"the {role}, a {type(model).__name__}, can't be used{hint}"):
@@ -590,10 +592,12 @@ NEGATIVE = "dull clumsy stale silly cold weak tedious messy".split()
 POSITIVE = "clever moving fresh funny warm sharp gripping charming".split()
 DEGREES, NEGATIONS = ["", "", "very", "quite", "rather"], ["not", "never", "hardly"]
 LINKS = ["the", "is", "but", "yet", "although"]
+# {0} is the clause that decides the label.
 FORMS = ["the {0}.", "the {0}, although the {1}.", "although the {1}, the {0}.",
          "the {1}, but the {0}.", "the {1}, yet the {0}."]
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-MISSING, UNSCORED = ("", "NA", "N/A", "NaN", "nan", "null"), ("train", "teacher_train")
+MISSING = ("", "NA", "N/A", "NaN", "nan", "null")          # no label
+UNSCORED = ("train", "teacher_train")                       # data sets that are not scored
 
 
 def toy_sentences(seed, sizes):
@@ -608,7 +612,7 @@ def toy_sentences(seed, sizes):
     sentences and 7% of the teacher's."""
     rng, label_of = np.random.default_rng([seed, 0x7071]), {}    # sentence -> label
     while len(label_of) < sum(sizes):
-        clauses, labels = [], []                   # of the clause that decides, then of the other
+        clauses, labels = [], []                   # first of the clause that decides
         for topic in rng.choice(TOPICS, 2, replace=False):
             positive, negated = rng.integers(2), rng.random() < 1 / 3
             degree = rng.choice(NEGATIONS if negated else DEGREES)
@@ -708,7 +712,7 @@ def encode(data, tokenizer, model, max_length):
     limit = min(max_length, tokenizer.model_max_length)
     positions = getattr(model.config, "max_position_embeddings", None) or -1     # XLNet has -1
     if 0 < positions < limit:
-        limit = positions - 2                      # RoBERTa and its relatives reserve two
+        limit = positions - 2                      # two fewer, which RoBERTa and others reserve
     texts = [name for name in data.column_names if name != "label"]
     data = data.map(tokenizer, input_columns=texts, batched=True,
                     fn_kwargs={"truncation": True, "max_length": limit})
@@ -924,11 +928,11 @@ def make_rail_loss(teacher, student, settings):
 def run(settings):
     """Trains a student from Settings; returns the contents of metrics.json.
 
-    The run's folder will also hold student/ and, if the teacher was fine-tuned here, teacher/, both
-    ready for transformers' pipeline. The student is that of the last epoch; no epoch is chosen by
-    its score. The table of section 4 stays, in the teacher's folder or here. Until the run ends,
-    *.pt holds the state after the last epoch. A resumed run repeats these steps and reuses what it
-    finds. Raises ValueError, OSError or FloatingPointError, each with a message for the user."""
+    The run's folder holds that file, student/ and, if the teacher was fine-tuned here, teacher/,
+    both ready for transformers' pipeline. The student is that of the last epoch, not of the best.
+    The table of section 4 stays, in the teacher's folder or here. Until the run ends, *.pt holds
+    the state after the last epoch. A resumed run starts over and reuses what it finds. Raises
+    ValueError, OSError or FloatingPointError, each with a message for the user."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -961,7 +965,7 @@ def run(settings):
     results["settings"] = dataclasses.asdict(settings) | {"resume": None}
     results["versions"] = {x.__name__: x.__version__ for x in (torch, transformers, datasets, np)}
     results["device"] = f"{settings.device}, {torch.get_num_threads()} threads x {world}"
-    if not settings.resume and rank == 0:          # claim the folder: only one run can create it
+    if not settings.resume and rank == 0:          # claim the folder: one run can create the file
         with one_line_error(f"--output-dir {folder} is in use or can't be written to"):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "metrics.json").touch(exist_ok=False)
@@ -1002,8 +1006,8 @@ def run(settings):
         learn("teacher", tuning, results["teacher"])
         save_model(folder / "teacher", teacher, tokenizer)
         print(f"It can be used again with --teacher {shlex.quote(str(folder / 'teacher'))}")
-        # Continue as a resumed run, which loads folder/teacher like any other teacher: from here
-        # on, there is one path. Free the memory of these models first.
+        # Start again as a resumed run: it finds folder/teacher, takes it as trained, and skips this
+        # block. Free the memory of these models first.
         del teacher, student, models
         return run(Settings(resume=str(folder), device=settings.device,
                             precision=settings.precision))
@@ -1109,7 +1113,7 @@ def save(path, write):
 
 def save_model(path, model, tokenizer):
     """Saves both in one folder, as `save` does."""
-    save(path, lambda tmp: [x.save_pretrained(tmp) for x in (model, tokenizer)])
+    save(path, lambda tmp: (model.save_pretrained(tmp), tokenizer.save_pretrained(tmp)))
 
 
 def save_json(path, content):
@@ -1146,7 +1150,7 @@ def load_run(settings):
     with one_line_error(f"--resume {settings.resume}: no run can be resumed there"):
         saved = json.loads((Path(settings.resume) / "metrics.json").read_text())
         stored = saved["settings"] | {"output_dir": settings.resume}
-        if settings.device not in ("auto", stored["device"]):     # may lack its precision
+        if settings.device not in ("auto", stored["device"]):     # may not support it
             stored["precision"] = "auto"
         return Settings(**stored | {x: given[x] for x in given if given[x] != "auto"}), saved
 
@@ -1165,7 +1169,8 @@ def main(argv=None):
             torch.distributed.init_process_group()
             if rank_and_world()[0] > 0:                             # only the first one prints
                 sys.stdout = open(os.devnull, "w")
-        settings = settings if settings.resume else settings.resolve()
+        if not settings.resume:
+            settings = settings.resolve()          # here too, so that Ctrl-C can name the folder
         run(settings)
         return 0
     except KeyboardInterrupt:
