@@ -148,7 +148,7 @@ def choose_layers(settings, n, m, epoch, step=0):
 # may be due to the projections alone. (The estimate does not hold with --centre or attention.)
 #
 # What --centre does. Before normalisation, it subtracts each side's batch mean, the part common to
-# all sentences. With it, students from random weights beat vanilla KD on the toy, not on films.
+# all sentences. From random weights, it beat vanilla KD on the toy, but not on film reviews.
 
 
 def mean_pool(hidden_states, attention_mask):
@@ -861,7 +861,7 @@ class Settings:
             low, flag = {"seed": -1, "max_length": 3}.get(name, 0), name.replace("_", "-")
             if value in ("", [""]):
                 raise ValueError(f"--{flag} is empty: give a value, or leave it out")
-            choices = get_args(Settings.__annotations__[name])      # of a Literal
+            choices = get_args(Settings.__annotations__[name])      # if it is a Literal
             if str in map(type, choices) and value not in choices:
                 raise ValueError(f"--{flag} {value!r} is not one of {', '.join(choices)}")
             # NaN is refused too, since every comparison with it is false.
