@@ -67,7 +67,7 @@ Good first changes: a map in `choose_layers`, the distance in `RailLoss.forward`
 `Distiller.forward`. SOLUTION marks exercises. RAIL_KD_DEBUG=1 shows tracebacks. `settings.x`: --x.
 """
 import argparse, contextlib, copy, csv, dataclasses, inspect, json, math, os
-import re, shlex, shutil, sys, time, timeit
+import re, shlex, shutil, sys, textwrap, time, timeit
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -284,7 +284,7 @@ def combined_loss(ce, kd, rail, weights):
 # ---- 3. One step, and the loop -----------------------------------------------------------------
 # The frozen teacher gives the same outputs for a sentence in every epoch, so it runs only once,
 # before the loop (section 4), and `teacher_outputs(rows, layers)` looks up its outputs. Ignore at
-# first: rank, world, own, share (several GPUs); parts, data_id (resuming); scaler (fp16).
+# first: rank, world, own, share (several GPUs); load_state, save_state; scaler (fp16).
 
 
 class Distiller(nn.Module):
@@ -319,9 +319,8 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
     student = distiller.student
     steps = math.ceil(len(data) / settings.batch_size) * settings.epochs
     optimizer, schedule, scaler = make_optimizer(distiller, settings, steps)
-    parts = {"distiller": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    data_id = fingerprint(data)
-    history = load_state(state_file, parts, data_id)           # fills `parts` if there is a state
+    # If there is a state file, its contents go into these four objects.
+    history, save_state = load_state(state_file, data, distiller, optimizer, schedule, scaler)
     m, lengths, model = student.config.num_hidden_layers, lengths_of(data), distiller
     if world > 1:                          # some models, such as XLNet, have unused weights
         model = nn.parallel.DistributedDataParallel(distiller, find_unused_parameters=True)
@@ -356,16 +355,15 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
                         "seconds": seconds, "examples_per_second": len(data) / seconds,
                         "ce": ce, "kd": kd, "rail": rail, "total": total})
         after_epoch(history, layers)
-        save_state(state_file, parts, data_id, history)
+        save_state()
     return history
 
 
 def make_optimizer(distiller, settings, steps):
     """(AdamW, its learning-rate schedule over `steps` steps, the loss scaler)."""
-    groups = [{"params": distiller.student.parameters(), "lr": settings.learning_rate}]
-    if distiller.rail_loss is not None:    # new weights may need another rate
-        rate = settings.projection_learning_rate or settings.learning_rate
-        groups.append({"params": distiller.rail_loss.parameters(), "lr": rate})
+    # For the student and, if there are any, the projections: new weights may need another rate.
+    rates = settings.learning_rate, settings.projection_learning_rate or settings.learning_rate
+    groups = [{"params": x.parameters(), "lr": lr} for x, lr in zip(distiller.children(), rates)]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     # Warm-up for a tenth of the steps, then linearly down to 0.
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
@@ -437,21 +435,19 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
                        *teacher.state_dict().values())
     shape = len(data), teacher.config.num_hidden_layers, teacher.config.hidden_size    # (N, n, d_t)
     size, folder = math.prod(shape), parent / f"table-{name}"
-    file = folder / "pooled.bin"                   # large, so someone may have deleted it
-    done = from_rank_0(file.exists() and file.stat().st_size == 2 * size
-                       and (folder / "logits.pt").exists())            # which is written last
-    if not done:
+    file, logits_file = folder / "pooled.bin", folder / "logits.pt"
+    if not file.exists():
         if 2 * size > shutil.disk_usage(parent).free:
             raise ValueError(f"{parent}: no room for the teacher's outputs ({2e-9 * size:.1f} GB)")
         folder.mkdir(exist_ok=True)
-        (folder / "logits.pt").unlink(missing_ok=True)         # it marks a complete table
+        logits_file.unlink(missing_ok=True)        # someone may have deleted only the large file
     # shared: what is written to `pooled` reaches the file
     pooled = torch.from_file(str(file), shared=True, size=size, dtype=torch.half).view(shape)
-    if not done:
+    if not logits_file.exists():                   # written last, so it marks a complete table
         print(f"The teacher runs once; {2e-6 * size:,.1f} MB of outputs go to {folder}")
         logits = torch.from_numpy(predict(teacher, data, tokenizer, settings.precision, pooled))
-        save(folder / "logits.pt", lambda tmp: torch.save(logits, tmp))
-    logits = torch.load(folder / "logits.pt", weights_only=True)
+        save(logits_file, lambda tmp: torch.save(logits, tmp))
+    logits = torch.load(logits_file, weights_only=True)
 
     def teacher_outputs(rows, layers):             # layers is None if there is no RAIL
         columns = [] if layers is None else np.subtract(layers, 1)
@@ -471,8 +467,8 @@ def toy_teacher(seed, num_layers=12):
     """(model, tokenizer): an untrained BERT of width 64 whose vocabulary is the words of the toy.
     Deep Transformers trained from scratch often get stuck at chance level. What helps: no dropout,
     warm-up, and initial weights larger than BERT's 0.02, which was chosen for a width of 768."""
-    words = " ".join(TOPICS + NEGATIVE + POSITIVE + DEGREES + NEGATIONS + LINKS).split()
-    ids = {x: i for i, x in enumerate("[PAD] [UNK] [CLS] [SEP] [MASK] , .".split() + sorted(words))}
+    words = sorted(set(re.findall("[a-z]+", str([TOPICS, VERBS, ADJECTIVES, FORMS]))))
+    ids = {x: i for i, x in enumerate("[PAD] [UNK] [CLS] [SEP] [MASK] , .".split() + words)}
     torch.manual_seed(seed)
     model = transformers.BertForSequenceClassification(transformers.BertConfig(
         vocab_size=len(ids), hidden_size=64, num_hidden_layers=num_layers, num_attention_heads=4,
@@ -505,10 +501,8 @@ def load_classifier(name, feature, seed, role):
         mismatched = {key for key, *_ in info["mismatched_keys"]}  # present, but of another shape
         untrained, encoder = mismatched | set(info["missing_keys"]), f"{model.base_model_prefix}."
         wrong = [key for key in untrained if key.startswith(encoder) and "pooler" not in key]
-        if role == "teacher":
-            wrong += mismatched
-        if wrong:
-            raise ValueError(f"its weights do not fit its config or classes: {min(wrong)}")
+        if wrong or (mismatched and role == "teacher"):
+            raise ValueError(f"its weights don't fit its config or classes: {min(untrained)}")
     return model.float(), tokenizer, not untrained       # float: it may be stored in half precision
 
 
@@ -521,13 +515,11 @@ def align_labels(model, feature):
     config, names = model.config, getattr(feature, "names", list(model.config.id2label.values()))
     # Letter case is ignored, unless two classes differ in nothing else.
     fold = str.lower if len(set(map(str.lower, names))) == len(names) else str
-    wanted = [fold(name) for name in names]
-    old = [fold(str(config.id2label[i])) for i in range(len(names))]
-    if old != wanted and sorted(old) == sorted(wanted):        # the same names, in another order
-        order = [old.index(name) for name in wanted]
+    row_of = {fold(str(name)): row for row, name in config.id2label.items()}
+    order = [row_of.get(fold(name), -1) for name in names]     # -1: the model does not know it
+    if -1 not in order and order != sorted(order):             # the same names, in another order
         encoder = set(model.base_model.modules())
-        head = [x for x in model.modules()
-                if x not in encoder and getattr(x, "out_features", 0) == len(names)][-1]
+        head = [x for x in model.modules() if type(x) is nn.Linear and x not in encoder][-1]
         head.load_state_dict({key: x[order] for key, x in head.state_dict().items()})
     config.problem_type = "single_label_classification" if len(names) > 1 else "regression"
     config.id2label = dict(enumerate(names))
@@ -544,8 +536,7 @@ def build_student(teacher, num_layers):
     if not 1 <= num_layers <= n:
         raise ValueError(f"{num_layers} layers can't be cut from a teacher of {n}: choose 1 to {n}")
     kept = [layer - 1 for layer in evenly_spaced(n, num_layers)]               # counted from 0
-    kind = type(teacher).__name__
-    with one_line_error(f"{kind} can't be cut: name another model as the student"):
+    with one_line_error(f"{type(teacher).__name__} can't be cut: name another model as student"):
         cut.config.num_hidden_layers = num_layers
         if getattr(cut.config, "layer_types", None):           # each layer keeps its type
             cut.config.layer_types = [cut.config.layer_types[i] for i in kept]
@@ -588,13 +579,11 @@ def encode_and_check(model, tokenizer, sets, settings, role):
 GLUE = "cola sst2 mrpc stsb qqp mnli qnli rte wnli".split()
 METRICS = {"cola": ["matthews_correlation"], "mrpc": ["accuracy", "f1"], "qqp": ["accuracy", "f1"]}
 TOPICS = "acting plot music ending dialogue cast pacing script humour story".split()
-NEGATIVE = "dull clumsy stale silly cold weak tedious messy".split()
-POSITIVE = "clever moving fresh funny warm sharp gripping charming".split()
-DEGREES, NEGATIONS = ["", "", "very", "quite", "rather"], ["not", "never", "hardly"]
-LINKS = ["the", "is", "but", "yet", "although"]
-# {0} is the clause that decides the label.
+ADJECTIVES = ("dull clumsy stale silly cold weak tedious messy".split(),             # negative
+              "clever moving fresh funny warm sharp gripping charming".split())      # positive
+VERBS = ["is", "is", "is very", "is quite", "is rather"], ["is not", "is never", "is hardly"]
 FORMS = ["the {0}.", "the {0}, although the {1}.", "although the {1}, the {0}.",
-         "the {1}, but the {0}.", "the {1}, yet the {0}."]
+         "the {1}, but the {0}.", "the {1}, yet the {0}."]             # {0} decides the label
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 MISSING = ("", "NA", "N/A", "NaN", "nan", "null")          # no label
 UNSCORED = ("train", "teacher_train")                       # data sets that are not scored
@@ -612,12 +601,11 @@ def toy_sentences(seed, sizes):
     sentences and 7% of the teacher's."""
     rng, label_of = np.random.default_rng([seed, 0x7071]), {}    # sentence -> label
     while len(label_of) < sum(sizes):
-        clauses, labels = [], []                   # first of the clause that decides
+        clauses, labels = [], []                   # first those of the clause that decides
         for topic in rng.choice(TOPICS, 2, replace=False):
             positive, negated = rng.integers(2), rng.random() < 1 / 3
-            degree = rng.choice(NEGATIONS if negated else DEGREES)
-            adjective = rng.choice(POSITIVE if positive else NEGATIVE)
-            clauses.append(" ".join(f"{topic} is {degree} {adjective}".split()))
+            verb, adjective = rng.choice(VERBS[negated]), rng.choice(ADJECTIVES[positive])
+            clauses.append(f"{topic} {verb} {adjective}")
             labels.append(int(positive ^ negated))
         label_of.setdefault(rng.choice(FORMS).format(*clauses).capitalize(), labels[0])
     data = datasets.Dataset.from_dict({"sentence1": [*label_of], "label": [*label_of.values()]})
@@ -655,22 +643,20 @@ def read_file(path, train=None):
 def cast_labels(data, train=None):
     """Turns the text labels of a Dataset into classes or decimals, see `read_file`."""
     labels = set(data["label"])
-    numbers = set(filter(NUMBER.fullmatch, labels))
-    if train is not None:
-        known = set(getattr(train.features["label"], "names", numbers))         # regression: any
-        numeric = all(map(NUMBER.fullmatch, known))
-        # Classes with names may be given by number too, but -1 means "no label" to datasets.
-        wrong = [x for x in sorted(labels - known) if numeric or x.strip().startswith("-")]
-        if wrong:
-            raise ValueError(f"the training data have no label {wrong[0]!r}")
-        return data.cast(train.features)
-    if len(labels) == 1 or 0 < len(numbers) < len(labels):
+    known = set(getattr(train.features["label"], "names", labels)) if train else labels
+    numbers = set(filter(NUMBER.fullmatch, known))
+    if 0 < len(numbers) < len(known) or (len(known) == 1 and not train):
         raise ValueError("labels must differ, and be all names or all numbers")
-    if numbers and not all(x.lstrip("+-").isdigit() for x in labels):
-        return data.cast_column("label", datasets.Value("float32"))
+    # Classes with names may be given by number too, but -1 means "no label" to datasets.
+    wrong = [x for x in sorted(labels - known) if numbers or x.strip().startswith("-")]
+    if wrong:
+        raise ValueError(f"the training data have no label {wrong[0]!r}")
+    if train:
+        return data.cast(train.features)
     # As text first: 01 and 1 are equal as numbers, and a set has no order of its own.
-    classes = sorted(sorted(labels), key=int if numbers else None)
-    return data.cast_column("label", datasets.ClassLabel(names=classes))
+    classes = datasets.ClassLabel(names=sorted(sorted(labels), key=float if numbers else None))
+    decimals = [x for x in numbers if not x.lstrip("+-").isdigit()]
+    return data.cast_column("label", datasets.Value("float32") if decimals else classes)
 
 
 def load_task(settings):
@@ -680,9 +666,8 @@ def load_task(settings):
     many other sentences, all labelled correctly. MNLI also has "validation_mismatched". GLUE's test
     splits are left out: except for MRPC's, they have no labels. Raises ValueError if the hub can't
     be reached or a file is bad."""
-    size = settings.max_train_examples
+    size = settings.max_train_examples or (1000 if settings.task == "toy" else math.inf)
     if settings.task == "toy":
-        size = size or 1000
         validation, train, teacher_train = toy_sentences(settings.seed, [1000, size, 8 * size])
         wrong = np.random.default_rng([settings.seed, 0xBAD]).permutation(size) < size // 5
         noisy = train.map(lambda row, i: {"label": row["label"] ^ int(wrong[i])}, with_indices=True)
@@ -698,9 +683,8 @@ def load_task(settings):
         sets = {"train": read_file(settings.train_file)}
         sets["validation"] = read_file(settings.validation_file, sets["train"])
     sets |= {path: read_file(path, sets["train"]) for path in settings.eval_file}
-    if size and settings.task != "toy":            # a file may be sorted by label
-        shuffled = sets["train"].shuffle(seed=settings.seed)
-        sets["train"] = shuffled.select(range(min(size, len(shuffled))))
+    if size < len(sets["train"]):                  # shuffled, as a file may be sorted by label
+        sets["train"] = sets["train"].shuffle(seed=settings.seed).select(range(size))
     return sets
 
 
@@ -745,32 +729,27 @@ def fingerprint(data, *more):
 # smaller, and F1 or a correlation is not the mean of its values on the parts.
 
 
-def correlation(a, b, method="pearson"):
-    """Correlation of two arrays (N,); 0 if one is constant, where it is undefined. Spearman's is
-    Pearson's applied to the ranks, and ties share their mean rank."""
-    table = datasets.Dataset.from_dict({"a": a, "b": b}).to_pandas()
-    return float(table.corr(method).fillna(0).loc["a", "b"])
-
-
 def compute_metrics(logits, labels, task=None, teacher_logits=None):
     """GLUE's metrics for arrays (N, C) and (N,): {"accuracy": ..., "eval_loss": ...}.
 
     Your own data are scored by accuracy, or by two correlations for regression. `eval_loss` is CE
     in nats or the mean squared error; `agreement`: how often the teacher chooses the same class."""
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
-    loss = {"eval_loss": float(label_loss(torch.tensor(logits), torch.tensor(labels)))}
-    if logits.shape[1] == 1:
-        return {"pearson": correlation(logits[:, 0], labels),
-                "spearmanr": correlation(logits[:, 0], labels, "spearman")} | loss
-    predicted = logits.argmax(axis=1)              # (N,)
+    regression = logits.shape[1] == 1
+    predicted = logits[:, 0] if regression else logits.argmax(axis=1)           # (N,)
+    table = datasets.Dataset.from_dict({"a": predicted, "b": labels}).to_pandas()
+    # Spearman's correlation is Pearson's, of the ranks; ties share their mean rank. Both are 0 if
+    # one side is constant, where they are undefined.
+    pearson, spearman = (table.corr(x).fillna(0).loc["a", "b"] for x in ("pearson", "spearman"))
     # F1 and Matthews are for classes 0 and 1, where Matthews equals Pearson's correlation.
-    values = {"accuracy": np.mean(predicted == labels),
-              "f1": 2 * np.sum(predicted * labels) / max(np.sum(predicted + labels), 1),
-              "matthews_correlation": correlation(predicted, labels)}
-    scores = {name: float(values[name]) for name in METRICS.get(task, ["accuracy"])}
-    if teacher_logits is not None:
+    values = {"pearson": pearson, "spearmanr": spearman, "matthews_correlation": pearson,
+              "accuracy": np.mean(predicted == labels),
+              "f1": 2 * np.sum(predicted * labels) / max(np.sum(predicted + labels), 1)}
+    names = ["pearson", "spearmanr"] if regression else METRICS.get(task, ["accuracy"])
+    scores = {name: float(values[name]) for name in names}
+    if teacher_logits is not None and not regression:
         scores["agreement"] = float(np.mean(predicted == np.argmax(teacher_logits, axis=1)))
-    return scores | loss
+    return scores | {"eval_loss": label_loss(torch.tensor(logits), torch.tensor(labels)).item()}
 
 
 def evaluate(model, data, tokenizer, task=None, precision="fp32", teacher_logits=None):
@@ -804,11 +783,9 @@ def measure_costs(model, sets, tokenizer, settings):
 
 def warn_of_weak_teacher(logits, labels):
     """Warns if a teacher is no better than predicting the most frequent class, or the mean."""
-    if logits.shape[1] == 1:
-        error, guessing = np.mean((logits[:, 0] - labels) ** 2), labels.var()
-    else:
-        error = np.mean(logits.argmax(axis=1) != labels)
-        guessing = 1 - np.bincount(labels).max() / len(labels)
+    regression = logits.shape[1] == 1
+    error = np.mean((logits[:, 0] - labels) ** 2 if regression else logits.argmax(1) != labels)
+    guessing = labels.var() if regression else 1 - np.bincount(labels).max() / len(labels)
     if error >= guessing:
         print(f"\n!!! The teacher's error is {error:.3g}; guessing gives {guessing:.3g}. "
               "It is weak, or its labels are in another order.\n")
@@ -1004,13 +981,12 @@ def run(settings):
         tuning = dataclasses.replace(settings, mapping="finetune", weights=[1.0, 0.0, 0.0],
                                      epochs=settings.teacher_epochs)
         learn("teacher", tuning, results["teacher"])
-        save_model(folder / "teacher", teacher, tokenizer)
+        save(folder / "teacher", teacher.save_pretrained, tokenizer.save_pretrained)
         print(f"It can be used again with --teacher {shlex.quote(str(folder / 'teacher'))}")
         # Start again as a resumed run: it finds folder/teacher, takes it as trained, and skips this
         # block. Free the memory of these models first.
         del teacher, student, models
-        return run(Settings(resume=str(folder), device=settings.device,
-                            precision=settings.precision))
+        return run(Settings(resume=str(folder)))
     teacher.requires_grad_(False)                  # frozen from here on
     teacher_logits = {name: predict(teacher, data, tokenizer, settings.precision)
                       for name, data in models["teacher"][1].items() if name not in UNSCORED}
@@ -1032,7 +1008,7 @@ def run(settings):
                              for path in settings.eval_file}
     save_json(folder / "metrics.json", results)
     # Saved last, because it marks the run as finished.
-    save_model(folder / "student", student, student_tokenizer)
+    save(folder / "student", student.save_pretrained, student_tokenizer.save_pretrained)
     print_table(results)
     print(f"\nThe student is in {folder / 'student'}; all numbers are in metrics.json beside it.")
     for role in models:
@@ -1059,8 +1035,7 @@ def one_line_error(what, error_type=ValueError):
     try:
         yield
     except Exception as error:
-        why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise error_type(f"{what} ({why})") from error
+        raise error_type(f"{what} ({textwrap.shorten(str(error) or repr(error), 300)})") from error
 
 
 def rank_and_world():
@@ -1100,20 +1075,16 @@ def sum_over_processes(tensor, what):
     return tensor
 
 
-def save(path, write):
-    """Calls write(tmp) in the first process; the file or folder that it makes appears at
-    `path` as a whole or not at all. Raises OSError; what was at `path` is then unchanged."""
+def save(path, *writers):
+    """Calls each writer with one temporary path, in the first process. The file or folder that they
+    make appears at `path` as a whole or not at all. Raises OSError; `path` is then unchanged."""
     tmp = path.with_name(f"{path.name}.part")
     with one_line_error(f"{path} could not be written, and is unchanged", OSError):
         if rank_and_world()[0] == 0:
-            write(tmp)
+            for write in writers:
+                write(tmp)
             os.replace(tmp, path)
     from_rank_0()                                  # all processes wait until it is written
-
-
-def save_model(path, model, tokenizer):
-    """Saves both in one folder, as `save` does."""
-    save(path, lambda tmp: (model.save_pretrained(tmp), tokenizer.save_pretrained(tmp)))
 
 
 def save_json(path, content):
@@ -1121,38 +1092,36 @@ def save_json(path, content):
     save(path, lambda tmp: tmp.write_text(json.dumps(content, indent=2, allow_nan=False)))
 
 
-def save_state(file, parts, data_id, history):
-    """Saves what a killed run needs to resume. `data_id`: see `fingerprint`."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    save(file, lambda tmp: torch.save(state | {"history": history, "data": data_id}, tmp))
+def load_state(file, data, *parts):
+    """Restores `parts` (modules, an optimizer, ...) and the history of a killed run from `file`, if
+    it exists. Returns the history, a list, and a function that saves both as they then are. Raises
+    ValueError if the file belongs to another run, or the data have changed."""
+    state = {"data": fingerprint(data), "history": []}
+    if file.exists():
+        with one_line_error(f"{file} does not belong to this run: delete it to train from scratch"):
+            state = torch.load(file, map_location="cpu", weights_only=True)      # runs no code
+            if state["data"] != fingerprint(data):
+                raise ValueError("the training data have changed since the run began")
+            for part, saved in zip(parts, state.pop("parts")):
+                if saved:                          # the scaler's is empty, except in fp16
+                    part.load_state_dict(saved)
 
-
-def load_state(file, parts, data_id):
-    """Restores `parts` from what `save_state` saved in `file`, if anything; returns the history."""
-    if not file.exists():
-        return []
-    with one_line_error(f"{file} does not belong to this run: delete it to train from scratch"):
-        state = torch.load(file, map_location="cpu", weights_only=True)    # runs no code from it
-        if state["data"] != data_id:
-            raise ValueError("the training data have changed since the run began")
-        for name, part in parts.items():
-            if state[name]:                        # the scaler's is empty, except in fp16
-                part.load_state_dict(state[name])
-    return state["history"]
+    def save_state():
+        state["parts"] = [part.state_dict() for part in parts]
+        save(file, lambda tmp: torch.save(state, tmp))
+    return state["history"], save_state
 
 
 def load_run(settings):
     """(settings, metrics.json) of the run in `settings.resume`. Raises ValueError if there is none,
     or if flags other than --resume, --device and --precision are given."""
-    given = {name: getattr(settings, name) for name in ("resume", "device", "precision")}
-    if settings != Settings(**given):
+    flags = {x: value for x, value in vars(settings).items() if value != getattr(Settings(), x)}
+    if flags.keys() - {"resume", "device", "precision"}:
         raise ValueError("--resume takes no other flags than --device and --precision")
     with one_line_error(f"--resume {settings.resume}: no run can be resumed there"):
         saved = json.loads((Path(settings.resume) / "metrics.json").read_text())
-        stored = saved["settings"] | {"output_dir": settings.resume}
-        if settings.device not in ("auto", stored["device"]):     # may not support it
-            stored["precision"] = "auto"
-        return Settings(**stored | {x: given[x] for x in given if given[x] != "auto"}), saved
+        # The folder may have been moved since.
+        return Settings(**saved["settings"] | {"output_dir": settings.resume} | flags), saved
 
 
 def main(argv=None):
