@@ -834,72 +834,54 @@ class Settings:
 
     def resolve(self):
         """A copy with its values checked and defaults filled in. Raises ValueError."""
-        for name, value in vars(self).items():
-            low, flag = {"seed": -1, "max_length": 3}.get(name, 0), name.replace("_", "-")
-            if value in ("", [""]):
-                raise ValueError(f"--{flag} is empty: give a value, or leave it out")
+        given = {name: value for name, value in vars(self).items() if value not in (None, "auto")}
+        for name, value in given.items():
+            flag, low = f"--{name.replace('_', '-')}", {"seed": -1, "max_length": 3}.get(name, 0)
             choices = get_args(Settings.__annotations__[name])      # if it is a Literal
-            if str in map(type, choices) and value not in choices:
-                raise ValueError(f"--{flag} {value!r} is not one of {', '.join(choices)}")
+            if value in ("", [""]) or (str in map(type, choices) and value not in choices):
+                raise ValueError(f"{flag} can't be {value!r}: leave it out, or see --help")
             # NaN is refused too, since every comparison with it is false.
             if type(value) in (int, float) and not low < value < 2 ** 63:
-                raise ValueError(f"--{flag} {value!r} must be above {low} and below 2^63")
+                raise ValueError(f"{flag} {value!r} must be above {low} and below 2^63")
         own_files = [self.train_file, self.validation_file]
         toy = self.task in (None, "toy") and own_files == [None, None]
         found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-        device = found.type if self.device == "auto" else self.device
+        device = given.get("device", found.type)
+        name = Path(self.train_file or self.task or "toy").stem
         # A T4 emulates bf16, which is slow.
         half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        modes = {"cuda": [half, "fp16", "bf16"], "cpu": ["fp32", "bf16"]}.get(device, []) + ["fp32"]
         defaults = {"task": "toy" if toy else None, "teacher": None if toy else "bert-base-uncased",
                     "epochs": 8 if toy else 10, "teacher_epochs": 5 if toy else 3,
-                    "learning_rate": 5e-4 if toy else 5e-5, "device": device, "precision": modes[0]}
-        new = dataclasses.replace(self, **{name: value for name, value in defaults.items()
-                                           if getattr(self, name) in (None, "auto")})
-        run_name = f"{new.task or Path(new.train_file or '').stem}-{new.mapping}-seed{new.seed}"
-        out = new.output_dir or f"runs/{run_name}-{time.time():.0f}-{os.getpid()}"
-        combined_loss(0, 0, 0, new.weights)        # raises for invalid weights
+                    "learning_rate": 5e-4 if toy else 5e-5, "device": device,
+                    "precision": half if device == "cuda" else "fp32",
+                    "output_dir": f"runs/{name}-{self.mapping}-seed{self.seed}-{time.time_ns()}"}
+        new = Settings(**defaults | given)
         # A loss that the mapping does not use gets weight 0; the others then sum to 1 again.
         used = {"none": [1, 1, 0], "finetune": [1, 0, 0]}.get(new.mapping, [1, 1, 1])
-        weights = [weight * use for weight, use in zip(new.weights, used)]
+        total = combined_loss(*used, new.weights)  # of the weights in use; raises for invalid ones
         problems = [
-            (device not in (found.type, "cpu") or new.precision not in modes,
-             f"--device {device} --precision {self.precision} is not available here"),
+            (device not in (found.type, "cpu"), f"--device {device} is not available here"),
+            (new.precision == "fp16" and device != "cuda", "--precision fp16 needs a CUDA GPU"),
             (new.task and own_files != [None, None], "--task and own files exclude each other"),
             (own_files.count(None) == 1, "--train-file and --validation-file belong together"),
-            (new.student and new.student_layers,
-             "--student and --student-layers exclude each other"),
+            (new.student and new.student_layers, "--student excludes --student-layers"),
             (new.mapping == "attention" and new.variant == "concat",
              "--mapping attention needs --variant layerwise"),
-            (sum(weights) == 0, f"--mapping {new.mapping} leaves nothing to learn from"),
+            (total == 0, f"--mapping {new.mapping} leaves nothing to learn from"),
             (toy and (new.max_train_examples or 0) > 100_000,
              "--max-train-examples: the toy makes at most 100000"),
             ({*UNSCORED, "validation", "validation_mismatched"} & {*new.eval_file},
              "--eval-file: rename the file; its name is reserved for another data set"),
-            (not new.resume and any(Path(out).glob("*")),
-             f"--output-dir {out} is in use: name a new folder")]
+            (not new.resume and any(Path(new.output_dir).glob("*")),
+             f"--output-dir {new.output_dir} is in use: name a new folder")]
         if messages := [message for applies, message in problems if applies]:
             raise ValueError("; ".join(messages))
-        if sum(weights) < 1 - 1e-6:                # otherwise, a second call would change digits
-            new.weights = [weight / sum(weights) for weight in weights]
-        return dataclasses.replace(new, output_dir=out)
+        if total < 1 - 1e-6:                       # otherwise, a second call would change digits
+            new.weights = [use * weight / total for use, weight in zip(used, new.weights)]
+        return new
 
 
 # ---- 9. The whole job --------------------------------------------------------------------------
-
-
-def make_rail_loss(teacher, student, settings):
-    """The RailLoss for these models, its projections drawn from the seed; None if the mapping does
-    not use RAIL. Raises ValueError if the numbers of layers do not allow a map."""
-    n, m = teacher.config.num_hidden_layers, student.config.num_hidden_layers
-    if settings.mapping in ("none", "finetune"):
-        return None
-    if not 2 <= m <= n:
-        raise ValueError(f"{m} student layers have no map to {n} teacher layers: take 2 to {n}")
-    variant = "attention" if settings.mapping == "attention" else settings.variant
-    torch.manual_seed(settings.seed)
-    return RailLoss(teacher.config.hidden_size, student.config.hidden_size, m - 1, variant,
-                    settings.projection_size, settings.centre).to(settings.device)
 
 
 def run(settings):
@@ -934,7 +916,14 @@ def run(settings):
     else:
         settings.student_layers = settings.student_layers or min(n, max(n // 3, 2))
         student, student_tokenizer = build_student(teacher, settings.student_layers), tokenizer
-    m, rail_loss = student.config.num_hidden_layers, make_rail_loss(teacher, student, settings)
+    m, rail_loss = student.config.num_hidden_layers, None
+    if settings.mapping not in ("none", "finetune"):
+        if not 2 <= m <= n:
+            raise ValueError(f"{m} student layers have no map to {n} teacher layers: take 2 to {n}")
+        variant = "attention" if settings.mapping == "attention" else settings.variant
+        torch.manual_seed(settings.seed)
+        rail_loss = RailLoss(teacher.config.hidden_size, student.config.hidden_size, m - 1, variant,
+                             settings.projection_size, settings.centre).to(settings.device)
     models = {"teacher": encode_and_check(teacher, tokenizer, sets, settings, "teacher"),
               "student": encode_and_check(student, student_tokenizer, sets, settings, "student")}
 
@@ -952,78 +941,65 @@ def run(settings):
               f"{settings.device}; results go to {folder}")
     save_json(folder / "metrics.json", results)    # from here on, --resume works
 
-    def learn(role, settings, record, rail_loss=None, teacher_logits=None, teacher_outputs=None):
-        """Trains the model in this role by the loop of section 3. After each epoch, adds its scores
-        to the history, puts that into `record`, prints a line, and updates metrics.json."""
-        model, sets, tokenizer = models[role]
-        data = sets.get(f"{role}_train", sets["train"])        # the toy has a "teacher_train"
+    # One call trains one model by the loop of section 3: the teacher, if it has no trained
+    # classifier yet, or else the student.
+    teacher_logits = teacher_outputs = None
+    if trained:
+        role, record, encoded = "student", results, models["teacher"][1]
+        teacher.requires_grad_(False)              # frozen from here on
+        teacher_logits = {name: predict(teacher, data, tokenizer, settings.precision)
+                          for name, data in encoded.items() if name not in UNSCORED}
+        warn_of_weak_teacher(teacher_logits["validation"], np.array(sets["validation"]["label"]))
+        results["teacher"] |= score_all(*models["teacher"], settings)
+        if settings.mapping != "finetune":
+            parent = Path(source) if os.access(source, os.W_OK) else folder
+            teacher_outputs = teacher_table(teacher, encoded["train"], tokenizer, settings, parent)
+    else:                                          # it learns from the labels alone
+        role, record, rail_loss = "teacher", results["teacher"], None
+        settings = dataclasses.replace(settings, mapping="finetune", weights=[1.0, 0.0, 0.0],
+                                       epochs=settings.teacher_epochs)
+    print(f"The {role} learns{'' if trained else ' first, as it has no trained classifier yet'}:")
+    model, sets, tokenizer = models[role]
+    data = sets.get(f"{role}_train", sets["train"])            # the toy has a "teacher_train"
 
-        def after_epoch(history, layers):
-            record["epochs"], entry = history, history[-1]
-            scores = score_all(model, sets, tokenizer, settings, teacher_logits)
-            entry |= scores
-            if layers is not None:
-                _, pooled = teacher_outputs(range(min(256, len(data))), layers)
-                entry["cosine"] = rail_loss.cosine(pooled)
-            pairs = " ".join(f"{i}←{j}" for i, j in enumerate(entry["layers"] or [], 1))
-            names = [x for x in ("ce", "kd", "rail", "cosine") if entry.get(x)]     # 0: not in use
-            numbers = "  ".join(f"{x} {entry[x]:.3f}" for x in [*names, next(iter(scores))])
-            print(f"  epoch {entry['epoch']:2}  {pairs}  {numbers}  "
-                  f"{entry['examples_per_second']:,.0f} examples/s")
-            save_json(folder / "metrics.json", results)
+    def after_epoch(history, layers):
+        """Adds scores to the history of section 3, prints a line, and updates metrics.json."""
+        record["epochs"], entry = history, history[-1]
+        scores = score_all(model, sets, tokenizer, settings, teacher_logits)
+        entry |= scores
+        if layers is not None:
+            _, pooled = teacher_outputs(range(min(256, len(data))), layers)
+            entry["cosine"] = rail_loss.cosine(pooled)
+        pairs = " ".join(f"{i}←{j}" for i, j in enumerate(entry["layers"] or [], 1))
+        names = [x for x in ("ce", "kd", "rail", "cosine") if entry.get(x)]     # 0: not in use
+        numbers = "  ".join(f"{x} {entry[x]:.3f}" for x in [*names, next(iter(scores))])
+        print(f"  epoch {entry['epoch']:2}  {pairs}  {numbers}  "
+              f"{entry['examples_per_second']:,.0f} examples/s")
+        save_json(folder / "metrics.json", results)
 
-        train(Distiller(model, rail_loss, settings), data, tokenizer, settings,
-              folder / f"{role}.pt", after_epoch, teacher_outputs, n)
-
-    # The teacher. One without a trained classifier is fine-tuned first, by the same loop.
-    if not trained:
-        print("The teacher has no trained classifier yet, so it is fine-tuned first:")
-        tuning = dataclasses.replace(settings, mapping="finetune", weights=[1.0, 0.0, 0.0],
-                                     epochs=settings.teacher_epochs)
-        learn("teacher", tuning, results["teacher"])
-        save(folder / "teacher", teacher.save_pretrained, tokenizer.save_pretrained)
-        print(f"It can be used again with --teacher {shlex.quote(str(folder / 'teacher'))}")
-        # Start again as a resumed run: it finds folder/teacher, takes it as trained, and skips this
-        # block. Free the memory of these models first.
-        del teacher, student, models
-        return run(Settings(resume=str(folder)))
-    teacher.requires_grad_(False)                  # frozen from here on
-    teacher_logits = {name: predict(teacher, data, tokenizer, settings.precision)
-                      for name, data in models["teacher"][1].items() if name not in UNSCORED}
-    warn_of_weak_teacher(teacher_logits["validation"], np.array(sets["validation"]["label"]))
-    results["teacher"] |= score_all(*models["teacher"], settings)
-    results["teacher"] |= measure_costs(*models["teacher"], settings)
-
-    # The student: first the table of the teacher's outputs, then the same loop.
-    teacher_outputs = None
-    if settings.mapping != "finetune":
-        parent = Path(source) if os.access(source, os.W_OK) else folder
-        data = models["teacher"][1]["train"]
-        teacher_outputs = teacher_table(teacher, data, tokenizer, settings, parent)
-    print("The student learns:")
-    learn("student", settings, results, rail_loss, teacher_logits, teacher_outputs)
-    results["student"] |= score_all(*models["student"], settings, teacher_logits)
-    results["student"] |= measure_costs(*models["student"], settings)
-    results["evaluation"] = {path: {role: results[role]["evaluation"][path] for role in models}
-                             for path in settings.eval_file}
-    save_json(folder / "metrics.json", results)
-    # Saved last, because it marks the run as finished.
-    save(folder / "student", student.save_pretrained, student_tokenizer.save_pretrained)
-    print_table(results)
-    print(f"\nThe student is in {folder / 'student'}; all numbers are in metrics.json beside it.")
-    for role in models:
-        (folder / f"{role}.pt").unlink(missing_ok=True)
-    return results
-
-
-def print_table(results):
-    """Prints costs and score of teacher and student."""
-    metric = next(iter(results["student"]))
-    print(f"\n         layers  parameters  megabytes  ms per sentence  {metric}")
-    for role in ("teacher", "student"):
-        row = results[role]
-        print(f"{role}  {row['layers']:6}  {row['parameters']:10,}  {row['bytes'] / 1e6:9.1f}  "
-              f"{row['milliseconds_per_sentence']:15.2f}  {row[metric]:.4f}")
+    train(Distiller(model, rail_loss, settings), data, tokenizer, settings, folder / f"{role}.pt",
+          after_epoch, teacher_outputs, n)
+    if trained:
+        results["student"] |= score_all(model, sets, tokenizer, settings, teacher_logits)
+        results["evaluation"] = {path: {name: results[name]["evaluation"][path] for name in models}
+                                 for path in settings.eval_file}
+        metric = next(iter(results["student"]))
+        print(f"\n         layers  parameters  megabytes  ms per sentence  {metric}")
+        for name in models:
+            results[name] |= measure_costs(*models[name], settings)
+            row = results[name]
+            print(f"{name}  {row['layers']:6}  {row['parameters']:10,}  {row['bytes'] / 1e6:9.1f}  "
+                  f"{row['milliseconds_per_sentence']:15.2f}  {row[metric]:.4f}")
+        print(f"\nAll numbers are in {folder / 'metrics.json'}.")
+        save_json(folder / "metrics.json", results)
+    save(folder / role, model.save_pretrained, tokenizer.save_pretrained)
+    print(f"The {role} is in {folder / role}.")
+    (folder / f"{role}.pt").unlink(missing_ok=True)
+    if trained:                                    # student/ marks the run as finished
+        return results
+    # Start again as a resumed run, which takes teacher/ as trained. Free the memory first.
+    del teacher, student, model, models
+    return run(Settings(resume=str(folder)))
 
 
 # ---- 10. Files and command line ----------------------------------------------------------------
