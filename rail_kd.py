@@ -29,10 +29,10 @@ The toy run ends by printing:
     teacher      12     413,122        1.7             3.80  1.0000
     student       4     145,346        0.6             1.37  0.9930
 
-A fifth of the student's labels are wrong on purpose. Seed 0 is lucky. Accuracy over ten seeds, mean
-+- standard deviation (commands: the notebook's appendix): labels alone (--mapping finetune)
-0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963 +- 0.029, with --centre
-0.987 +- 0.019. Without --centre, none of our tests found RAIL-KD better than vanilla KD.
+A fifth of the student's labels are wrong on purpose. This is seed 0; ten seeds gave (mean +-
+standard deviation; commands at the end of tutorial.ipynb): labels alone (--mapping finetune) 0.880
++- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963 +- 0.029, with --centre 0.987 +-
+0.019. Without --centre, none of our tests found RAIL-KD better than vanilla KD.
 
 Notation: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
@@ -48,8 +48,8 @@ and two public re-implementations (aitsc/GLMKD, TKC002/CILDA-plus-minILD). Origi
     projections with a bias, at the learning rate of the student              both implementations
     candidates 1..n-1, k = m-1 pairs: the last layers stay out of the draw    GLMKD
     one projection per side, shared by all pairs; squared distance            GLMKD
-    the mean over pairs and sentences, so that RAIL lies in [0, 4]            CILDA (GLMKD: the sum)
-    pair by pair (both concatenate all k layers, as --variant concat does)    ours
+    the mean over pairs and sentences, so that RAIL lies in [0, 4]            CILDA; GLMKD sums
+    the default: RAIL-KD^l, pair by pair (both run RAIL-KD^c, concatenated)   ours
     padding is excluded from the mean over tokens (both include it)           ours
     temperature 2 (the factor T^2 is standard)                                ours (GLMKD: 10)
     10 epochs, learning rate 5e-5, 10% warm-up, no weight decay or clipping   ours (CILDA: 20, 2e-5)
@@ -64,7 +64,7 @@ Sections 1 to 3, about 300 lines, are the method: read them in one sitting. The 
                                         > label_loss, kd_loss, RailLoss, combined_loss (2)
 
 Good first changes: a map in `choose_layers`, the distance in `RailLoss.forward`, another total in
-`Distiller.forward`. SOLUTION marks exercises. RAIL_KD_DEBUG=1 shows tracebacks. `settings.x`: --x.
+`Distiller.forward`. SOLUTION marks exercises, RAIL_KD_DEBUG=1 shows tracebacks, settings.x is --x.
 """
 import argparse, contextlib, copy, csv, dataclasses, inspect, json, math, os
 import re, shlex, shutil, sys, textwrap, time, timeit
@@ -134,25 +134,24 @@ def choose_layers(settings, n, m, epoch, step=0):
 # ---- 2. The losses -----------------------------------------------------------------------------
 #   student: k layers (B, S, d_s) - mean -> (B, k, d_s) - student_proj -> (B, k, u) - unit -> s
 #   teacher: k layers (B, S, d_t) - mean -> (B, k, d_t) - teacher_proj -> (B, k, u) - unit -> t
-#   RAIL = mean over the batch and the k pairs of || s_i - t_i ||^2
-#
+#   RAIL = mean of || s_i - t_i ||^2 over the batch and the k pairs (concat: one pair)
 # For unit vectors, || s - t ||^2 = 2 - 2 cos(s, t): 0 for equal directions, 4 for opposite ones.
 #
 # The trivial solution. The projections are trained too, and can lower the loss by themselves, by
 # mapping all sentences to one direction. RAIL then teaches the student nothing.
 #
-# How to see it. Each epoch reports `cosine`, c: the mean cosine between the projected teacher
-# vectors of different sentences (the first 256). Near 1, they have collapsed. A student that gives
-# every sentence the mean direction of these vectors has a loss of about 2 - 2 sqrt(c): their mean
-# cosine with it is sqrt(c). Only a clearly lower loss late in training shows more, and even that
-# may be due to the projections alone. (The estimate does not hold with --centre or attention.)
+# How to see it. After each epoch, `cosine` (c) is reported: the mean cosine between the projected
+# teacher vectors of different sentences (the first 256). Near 1, they have collapsed. A student
+# that gives every sentence the mean direction of these vectors has a loss of about 2 - 2 sqrt(c).
+# RAIL has taught something only if the loss ends clearly lower, and even then, the projections may
+# be the cause. (The estimate does not hold with --centre or attention.)
 #
-# What --centre does. Before normalisation, it subtracts each side's batch mean, the part common to
-# all sentences. From random weights, it beat vanilla KD on the toy, but not on film reviews.
+# What --centre does. It subtracts each side's batch mean, which all sentences share. In students
+# with random initial weights, it beat vanilla KD on the toy, but not on film reviews.
 
 
 def mean_pool(hidden_states, attention_mask):
-    """One vector per sentence: the mean of a layer's output over the real tokens.
+    """One vector per sentence: the mean of a layer's output over the real tokens, [CLS] included.
 
     Padding is left out, whatever it contains. Otherwise the vector of a sentence would depend on
     the longest sentence of its batch.
@@ -199,7 +198,9 @@ class RailLoss(nn.Module):
     def project(self, linear, pooled):
         """Projects one side: (B, k, d) -> (B, k, u), or (B, u) for concat. Not yet normalised."""
         vectors = linear(pooled.flatten(1) if self.variant == "concat" else pooled)
-        return vectors - vectors.mean(dim=0) if self.centre else vectors
+        if self.centre:
+            vectors = vectors - vectors.mean(dim=0)
+        return vectors
 
     def forward(self, student_pooled, teacher_pooled):
         """Squared distance of the projected unit vectors, mean over pairs and batch: in [0, 4].
@@ -244,11 +245,11 @@ def label_loss(logits, labels):
 
 
 def kd_loss(student_logits, teacher_logits, temperature):
-    """T^2 * KL(softmax(z_t / T) || softmax(z_s / T)), batch mean, a scalar (Hinton et al. 2015).
+    """T^2 * KL(softmax(z_t / T) || softmax(z_s / T)) for logits z, batch mean (Hinton et al. 2015).
 
     A higher T flattens both distributions, so the teacher's ranking of the wrong classes counts
-    for more. For large T, the gradient of the softened KL shrinks as 1/T^2; the factor T^2 undoes
-    that. For regression, (B, 1): the mean squared error. No gradient flows into `teacher_logits`.
+    for more. For large T, the gradient of this KL shrinks as 1/T^2; the factor T^2 undoes that. For
+    regression: the mean squared error. Returns a scalar, with no gradient for `teacher_logits`.
 
     Args: student_logits, teacher_logits (B, C); temperature T (checked even for regression).
     Raises: ValueError unless both shapes are the same (B, C), and 0 < T < infinity."""
@@ -328,7 +329,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
     for epoch in range(len(history) + 1, settings.epochs + 1):
         start = time.perf_counter()
         sums = torch.zeros(4, device=student.device)
-        layers = choose_layers(settings, n, m, epoch)                           # the draw: (k,)
+        layers = choose_layers(settings, n, m, epoch)                   # the draw: (k,), or None
         seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
         torch.manual_seed(seed + rank)             # for dropout
         distiller.train()
@@ -347,7 +348,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
             schedule.step()
             optimizer.zero_grad()
             sums += losses.detach() * share * len(rows) / len(data)    # stays on the device
-        # Reading the sums waits for the device, so the clock stops only then.
+        # `tolist` waits for the device; only then may the clock stop.
         ce, kd, rail, total = sum_over_processes(sums, f"the loss of epoch {epoch}").tolist()
         seconds = time.perf_counter() - start
         no_map = layers is None or settings.mapping == "attention" or settings.resample == "step"
@@ -390,10 +391,10 @@ def model_outputs(model, batch, precision="fp32", pool=False):
 
 # ---- 4. The teacher's outputs ------------------------------------------------------------------
 # For each sentence, RAIL-KD needs the teacher's logits and one pooled vector per layer. These are
-# small enough to store, so the teacher runs only once. A step then costs about as much as three
-# forward passes of the student (the backward pass counts as two). A live teacher, n/m times as
-# deep, would add about n/m forward passes of the student to every step. Since only sentence vectors
-# are compared, student and teacher may differ in width, architecture and even tokenizer.
+# small enough to store, so the teacher runs only once. A training step then costs about as much as
+# three forward passes of the student (the backward pass counts as two). A live teacher, n/m times
+# as deep, would add about n/m forward passes of the student to every step. Since only sentence
+# vectors are compared, student and teacher may differ in width, architecture and even tokenizer.
 
 
 def make_batch(data, tokenizer, rows, device):
@@ -424,7 +425,7 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
     """Runs the frozen teacher over the training data once, and returns a function that looks up its
     outputs: (rows, layers) -> logits (B, C), pooled layers (B, k or n-1, d_t), in float32.
 
-    The layers are kept in half precision, in a memory-mapped file: 19 GB for MNLI with 24 layers of
+    The layers are kept in half precision, in a memory-mapped file: 19 GB for MNLI and 24 layers of
     width 1024. A table that an earlier run left in the folder `parent` is reused; its name is a
     hash of the model, the sentences, the precision and the pooling. Raises ValueError if the disk
     has too little space."""
@@ -452,7 +453,7 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
     def teacher_outputs(rows, layers):             # layers is None if there is no RAIL
         columns = [] if layers is None else np.subtract(layers, 1)
         # Index both at once: pooled[rows][:, columns] would first read all layers of a row.
-        vectors = pooled[np.ix_(rows, columns)]                                 # (B, k, d_t)
+        vectors = pooled[np.ix_(rows, columns)]                        # (B, k or n-1 or 0, d_t)
         return logits[rows].to(teacher.device), vectors.to(teacher.device).float()
     return teacher_outputs
 
@@ -513,7 +514,7 @@ def align_labels(model, feature):
     case, the rows of its classifier's last layer are reordered. Other names (LABEL_0) are replaced;
     the order is kept. For regression, the name is kept."""
     config, names = model.config, getattr(feature, "names", list(model.config.id2label.values()))
-    # Letter case is ignored, unless two classes differ in nothing else.
+    # Letter case is ignored, unless two classes differ only in case.
     fold = str.lower if len(set(map(str.lower, names))) == len(names) else str
     row_of = {fold(str(name)): row for row, name in config.id2label.items()}
     order = [row_of.get(fold(name), -1) for name in names]     # -1: the model does not know it
@@ -585,7 +586,7 @@ VERBS = ["is", "is", "is very", "is quite", "is rather"], ["is not", "is never",
 FORMS = ["the {0}.", "the {0}, although the {1}.", "although the {1}, the {0}.",
          "the {1}, but the {0}.", "the {1}, yet the {0}."]             # {0} decides the label
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-MISSING = ("", "NA", "N/A", "NaN", "nan", "null")          # no label
+MISSING = ("", "NA", "N/A", "NaN", "nan", "null")          # count as no label
 UNSCORED = ("train", "teacher_train")                       # data sets that are not scored
 
 
@@ -732,7 +733,7 @@ def fingerprint(data, *more):
 def compute_metrics(logits, labels, task=None, teacher_logits=None):
     """GLUE's metrics for arrays (N, C) and (N,): {"accuracy": ..., "eval_loss": ...}.
 
-    Your own data are scored by accuracy, or by two correlations for regression. `eval_loss` is CE
+    Your own data are scored with accuracy, or by two correlations for regression. `eval_loss` is CE
     in nats or the mean squared error; `agreement`: how often the teacher chooses the same class."""
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
     regression = logits.shape[1] == 1
@@ -822,7 +823,7 @@ class Settings:
     projection_size: int = option(128, "Width u of the projections.")
     projection_learning_rate: float | None = option(None, "For the projections (default: same).")
     temperature: float = option(2.0, "Softens both output distributions in KD.")
-    weights: list[float] = option(lambda: [1 / 3] * 3, "Of CE, KD, RAIL; sum 1 (0 if not used).")
+    weights: list[float] = option(lambda: [1 / 3] * 3, "Of CE, KD, RAIL; sum 1 (unused: 0).")
     epochs: int | None = option(None, "Epochs of distillation (default: 10, toy 8).")
     batch_size: int = option(32, "Examples in a step, over all processes together.")
     learning_rate: float | None = option(None, "Peak rate of AdamW (default: 5e-5, toy 5e-4).")
@@ -845,8 +846,9 @@ class Settings:
                 raise ValueError(f"{flag} {value!r} must be above {low} and below 2^63")
         own_files = [self.train_file, self.validation_file]
         toy = self.task in (None, "toy") and own_files == [None, None]
-        found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-        device = given.get("device", found.type)
+        cuda, mps = torch.cuda.is_available(), torch.mps.is_available()
+        found = "cuda" if cuda else "mps" if mps else "cpu"
+        device = given.get("device", found)
         name = Path(self.train_file or self.task or "toy").stem
         # A T4 emulates bf16, which is slow.
         half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -860,7 +862,7 @@ class Settings:
         used = {"none": [1, 1, 0], "finetune": [1, 0, 0]}.get(new.mapping, [1, 1, 1])
         total = combined_loss(*used, new.weights)  # of the weights in use; raises for invalid ones
         problems = [
-            (device not in (found.type, "cpu"), f"--device {device} is not available here"),
+            (device not in (found, "cpu"), f"--device {device} is not available here"),
             (new.precision == "fp16" and device != "cuda", "--precision fp16 needs a CUDA GPU"),
             (new.task and own_files != [None, None], "--task and own files exclude each other"),
             (own_files.count(None) == 1, "--train-file and --validation-file belong together"),
@@ -876,7 +878,7 @@ class Settings:
              f"--output-dir {new.output_dir} is in use: name a new folder")]
         if messages := [message for applies, message in problems if applies]:
             raise ValueError("; ".join(messages))
-        if total < 1 - 1e-6:                       # otherwise, a second call would change digits
+        if total < 1 - 1e-6:                       # or a second call would change the last digits
             new.weights = [use * weight / total for use, weight in zip(used, new.weights)]
         return new
 
@@ -890,8 +892,8 @@ def run(settings):
     The run's folder holds that file, student/ and, if the teacher was fine-tuned here, teacher/,
     both ready for transformers' pipeline. The student is that of the last epoch, not of the best.
     The table of section 4 stays, in the teacher's folder or here. Until the run ends, *.pt holds
-    the state after the last epoch. A resumed run starts over and reuses what it finds. Raises
-    ValueError, OSError or FloatingPointError, each with a message for the user."""
+    the state after the last epoch. A resumed run repeats all steps and skips what is already on
+    disk. Raises ValueError, OSError or FloatingPointError, each with a message for the user."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
