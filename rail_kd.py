@@ -644,7 +644,8 @@ def read_file(path, train=None):
 def cast_labels(data, train=None):
     """Turns the text labels of a Dataset into classes or decimals, see `read_file`."""
     labels = set(data["label"])
-    known = set(getattr(train.features["label"], "names", labels)) if train else labels
+    # The classes of `train`. For regression, the "0" makes sure that only numbers pass below.
+    known = set(getattr(train.features["label"], "names", labels | {"0"})) if train else labels
     numbers = set(filter(NUMBER.fullmatch, known))
     if 0 < len(numbers) < len(known) or (len(known) == 1 and not train):
         raise ValueError("labels must differ, and be all names or all numbers")
