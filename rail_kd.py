@@ -847,7 +847,7 @@ class Settings:
                 raise ValueError(f"{flag} {value!r} must be above {low} and below 2^63")
         own_files = [self.train_file, self.validation_file]
         toy = self.task in (None, "toy") and own_files == [None, None]
-        cuda, mps = torch.cuda.is_available(), torch.mps.is_available()
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
         found = "cuda" if cuda else "mps" if mps else "cpu"
         device = given.get("device", found)
         name = Path(self.train_file or self.task or "toy").stem
