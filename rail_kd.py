@@ -112,7 +112,7 @@ def sample_layer_map(num_teacher_layers, num_student_layers, rng):
 
 
 def evenly_spaced(n, m):
-    """m evenly spaced layers out of 1..n, ending with n: those that `build_student` keeps."""
+    """m (almost) evenly spaced layers of 1..n, ending with n: those that `build_student` keeps."""
     return [round(i * n / m) for i in range(1, m + 1)]
 
 
@@ -180,7 +180,7 @@ class RailLoss(nn.Module):
 
     Args: teacher_dim (d_t), student_dim (d_s), num_pairs (k), projection_size (u); centre: whether
         to subtract the batch mean from both sides. With it, a batch of one has a loss of 0, and
-        each of several GPUs centres its own rows, so their number changes the results.
+        each of several GPUs centres its own rows, so results depend on their number.
     Raises: ValueError for an unknown variant, or a size below 1."""
 
     def __init__(self, teacher_dim, student_dim, num_pairs, variant="layerwise",
@@ -289,7 +289,7 @@ def combined_loss(ce, kd, rail, weights):
 
 
 class Distiller(nn.Module):
-    """Student and projections in one module: trained, saved and copied to GPUs together."""
+    """Student and projections in one module, so that both are trained, saved and distributed."""
 
     def __init__(self, student, rail_loss, settings):
         super().__init__()
@@ -362,10 +362,11 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
 
 def make_optimizer(distiller, settings, steps):
     """(AdamW, its learning-rate schedule over `steps` steps, the loss scaler)."""
-    # For the student and, if there are any, the projections: new weights may need another rate.
-    rates = settings.learning_rate, settings.projection_learning_rate or settings.learning_rate
-    groups = [{"params": x.parameters(), "lr": lr} for x, lr in zip(distiller.children(), rates)]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    # One group for the student and one for the projections: new weights may need another rate.
+    added = [x for name, x in distiller.named_parameters() if not name.startswith("student.")]
+    rate = settings.projection_learning_rate or settings.learning_rate
+    groups = [{"params": distiller.student.parameters()}, {"params": added, "lr": rate}]
+    optimizer = torch.optim.AdamW(groups, settings.learning_rate, weight_decay=0.0, fused=True)
     # Warm-up for a tenth of the steps, then linearly down to 0.
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     # In fp16, small gradients round to 0, so the loss is scaled up, and the gradients down later.
@@ -489,7 +490,7 @@ def load_classifier(name, feature, seed, role):
         return *toy_teacher(seed), False
     torch.manual_seed(seed)
     with one_line_error(f"no {role} that fits the data can be loaded from {name!r}"):
-        # No code from the hub can run here: a model's own is refused, and transformers reads
+        # No code from the hub can run here: custom model code is refused, and transformers reads
         # pickles with weights_only.
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
@@ -892,9 +893,10 @@ def run(settings):
 
     The run's folder holds that file, student/ and, if the teacher was fine-tuned here, teacher/,
     both ready for transformers' pipeline. The student is that of the last epoch, not of the best.
-    The table of section 4 stays, in the teacher's folder or here. Until the run ends, *.pt holds
-    the state after the last epoch. A resumed run repeats all steps and skips what is already on
-    disk. Raises ValueError, OSError or FloatingPointError, each with a message for the user."""
+    The table of section 4 stays, in the teacher's folder or here. Until the run ends, teacher.pt
+    or student.pt holds the state after the last epoch. A resumed run goes through the same stages,
+    but skips those whose results are on disk. Raises ValueError, OSError or FloatingPointError,
+    each with a message for the user."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -922,7 +924,7 @@ def run(settings):
     m, rail_loss = student.config.num_hidden_layers, None
     if settings.mapping not in ("none", "finetune"):
         if not 2 <= m <= n:
-            raise ValueError(f"{m} student layers have no map to {n} teacher layers: take 2 to {n}")
+            raise ValueError(f"{m} student layers do not fit {n} teacher layers: use 2 to {n}")
         variant = "attention" if settings.mapping == "attention" else settings.variant
         torch.manual_seed(settings.seed)
         rail_loss = RailLoss(teacher.config.hidden_size, student.config.hidden_size, m - 1, variant,
@@ -1000,7 +1002,7 @@ def run(settings):
     (folder / f"{role}.pt").unlink(missing_ok=True)
     if trained:                                    # student/ marks the run as finished
         return results
-    # Start again as a resumed run, which takes teacher/ as trained. Free the memory first.
+    # Start again as a resumed run, which finds teacher/ already trained. Free the memory first.
     del teacher, student, model, models
     return run(Settings(resume=str(folder)))
 
