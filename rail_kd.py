@@ -21,7 +21,7 @@ a common width (one trained linear layer for each side) and scaled to length 1. 
 distance between the two vectors of a pair, averaged over pairs and sentences.
 
     python rail_kd.py --task toy --student-layers 4        # two minutes on a laptop, offline
-    python rail_kd.py --task sst2 --student-layers 4       # BERT-base, cut from 12 layers to 4
+    python rail_kd.py --task sst2 --student-layers 4       # BERT-base: fine-tuned, then cut to 4
 
 The toy run ends by printing:
 
