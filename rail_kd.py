@@ -67,7 +67,7 @@ Good first changes: a map in `choose_layers`, the distance in `RailLoss.forward`
 `Distiller.forward`. SOLUTION marks exercises, RAIL_KD_DEBUG=1 shows tracebacks, settings.x is --x.
 """
 import argparse, contextlib, copy, csv, dataclasses, inspect, json, math, os
-import re, shlex, shutil, sys, textwrap, time, timeit
+import re, shlex, shutil, sys, time, timeit
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -438,14 +438,16 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
     shape = len(data), teacher.config.num_hidden_layers, teacher.config.hidden_size    # (N, n, d_t)
     size, folder = math.prod(shape), parent / f"table-{name}"
     file, logits_file = folder / "pooled.bin", folder / "logits.pt"
-    if not file.exists():
+    # The large file may be missing or cut off; the other one is written last.
+    done = from_rank_0(logits_file.exists() and file.exists() and file.stat().st_size == 2 * size)
+    if not done:
         if 2 * size > shutil.disk_usage(parent).free:
             raise ValueError(f"{parent}: no room for the teacher's outputs ({2e-9 * size:.1f} GB)")
         folder.mkdir(exist_ok=True)
-        logits_file.unlink(missing_ok=True)        # someone may have deleted only the large file
+        logits_file.unlink(missing_ok=True)
     # shared: what is written to `pooled` reaches the file
     pooled = torch.from_file(str(file), shared=True, size=size, dtype=torch.half).view(shape)
-    if not logits_file.exists():                   # written last, so it marks a complete table
+    if not done:
         print(f"The teacher runs once; {2e-6 * size:,.1f} MB of outputs go to {folder}")
         logits = torch.from_numpy(predict(teacher, data, tokenizer, settings.precision, pooled))
         save(logits_file, lambda tmp: torch.save(logits, tmp))
@@ -504,7 +506,7 @@ def load_classifier(name, feature, seed, role):
         untrained, encoder = mismatched | set(info["missing_keys"]), f"{model.base_model_prefix}."
         wrong = [key for key in untrained if key.startswith(encoder) and "pooler" not in key]
         if wrong or (mismatched and role == "teacher"):
-            raise ValueError(f"its weights don't fit its config or classes: {min(untrained)}")
+            raise ValueError(f"its weights don't fit config or classes: {min(wrong or mismatched)}")
     return model.float(), tokenizer, not untrained       # float: it may be stored in half precision
 
 
@@ -837,8 +839,7 @@ class Settings:
 
     def resolve(self):
         """A copy with its values checked and defaults filled in. Raises ValueError."""
-        given = {name: value for name, value in vars(self).items() if value not in (None, "auto")}
-        for name, value in given.items():
+        for name, value in vars(self).items():
             flag, low = f"--{name.replace('_', '-')}", {"seed": -1, "max_length": 3}.get(name, 0)
             choices = get_args(Settings.__annotations__[name])      # if it is a Literal
             if value in ("", [""]) or (str in map(type, choices) and value not in choices):
@@ -850,16 +851,18 @@ class Settings:
         toy = self.task in (None, "toy") and own_files == [None, None]
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
         found = "cuda" if cuda else "mps" if mps else "cpu"
-        device = given.get("device", found)
-        name = Path(self.train_file or self.task or "toy").stem
+        device = found if self.device == "auto" else self.device
         # A T4 emulates bf16, which is slow.
         half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        name = Path(self.train_file or self.task or "toy").stem
         defaults = {"task": "toy" if toy else None, "teacher": None if toy else "bert-base-uncased",
                     "epochs": 8 if toy else 10, "teacher_epochs": 5 if toy else 3,
-                    "learning_rate": 5e-4 if toy else 5e-5, "device": device,
-                    "precision": half if device == "cuda" else "fp32",
+                    "learning_rate": 5e-4 if toy else 5e-5,
                     "output_dir": f"runs/{name}-{self.mapping}-seed{self.seed}-{time.time_ns()}"}
-        new = Settings(**defaults | given)
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        new = dataclasses.replace(self, device=device, **missing)
+        if new.precision == "auto":
+            new.precision = half if device == "cuda" else "fp32"
         # A loss that the mapping does not use gets weight 0; the others then sum to 1 again.
         used = {"none": [1, 1, 0], "finetune": [1, 0, 0]}.get(new.mapping, [1, 1, 1])
         total = combined_loss(*used, new.weights)  # of the weights in use; raises for invalid ones
@@ -999,7 +1002,8 @@ def run(settings):
         save_json(folder / "metrics.json", results)
     save(folder / role, model.save_pretrained, tokenizer.save_pretrained)
     print(f"The {role} is in {folder / role}.")
-    (folder / f"{role}.pt").unlink(missing_ok=True)
+    for name in models:
+        (folder / f"{name}.pt").unlink(missing_ok=True)
     if trained:                                    # student/ marks the run as finished
         return results
     # Start again as a resumed run, which finds teacher/ already trained. Free the memory first.
@@ -1016,7 +1020,8 @@ def one_line_error(what, error_type=ValueError):
     try:
         yield
     except Exception as error:
-        raise error_type(f"{what} ({textwrap.shorten(str(error) or repr(error), 300)})") from error
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise error_type(f"{what} ({why})") from error
 
 
 def rank_and_world():
@@ -1101,8 +1106,10 @@ def load_run(settings):
         raise ValueError("--resume takes no other flags than --device and --precision")
     with one_line_error(f"--resume {settings.resume}: no run can be resumed there"):
         saved = json.loads((Path(settings.resume) / "metrics.json").read_text())
-        # The folder may have been moved since.
-        return Settings(**saved["settings"] | {"output_dir": settings.resume} | flags), saved
+        stored = saved["settings"] | {"output_dir": settings.resume}       # it may have been moved
+        if settings.device not in ("auto", stored["device"]):              # may not support it
+            stored["precision"] = "auto"
+        return Settings(**stored | flags), saved
 
 
 def main(argv=None):
