@@ -230,7 +230,7 @@ class RailLoss(nn.Module):
 
     @torch.no_grad()
     def cosine(self, teacher_pooled):
-        """The mean cosine between different sentences after the teacher's projection: a float."""
+        """The mean cosine between different sentences, for the projected (B, k, d_t): a float."""
         B = len(teacher_pooled)
         t = F.normalize(self.project(self.teacher_proj, teacher_pooled), dim=-1)
         # || sum ||^2 adds up B^2 cosines: B of a vector with itself (1 each), B (B - 1) of others.
@@ -471,6 +471,7 @@ def toy_teacher(seed, num_layers=12):
     """(model, tokenizer): an untrained BERT of width 64 whose vocabulary is the words of the toy.
     Deep Transformers trained from scratch often get stuck at chance level. What helps: no dropout,
     warm-up, and initial weights larger than BERT's 0.02, which was chosen for a width of 768."""
+    # Every word that occurs in the lists of section 6.
     words = sorted(set(re.findall("[a-z]+", str([TOPICS, VERBS, ADJECTIVES, FORMS]))))
     ids = {x: i for i, x in enumerate("[PAD] [UNK] [CLS] [SEP] [MASK] , .".split() + words)}
     torch.manual_seed(seed)
@@ -854,11 +855,11 @@ class Settings:
         device = found if self.device == "auto" else self.device
         # A T4 emulates bf16, which is slow.
         half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        name = Path(self.train_file or self.task or "toy").stem
+        data = Path(self.train_file or self.task or "toy").stem
+        run_name = f"{data}-{self.mapping}-seed{self.seed}-{time.time():.0f}-{os.getpid()}"
         defaults = {"task": "toy" if toy else None, "teacher": None if toy else "bert-base-uncased",
                     "epochs": 8 if toy else 10, "teacher_epochs": 5 if toy else 3,
-                    "learning_rate": 5e-4 if toy else 5e-5,
-                    "output_dir": f"runs/{name}-{self.mapping}-seed{self.seed}-{time.time_ns()}"}
+                    "learning_rate": 5e-4 if toy else 5e-5, "output_dir": f"runs/{run_name}"}
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         new = dataclasses.replace(self, device=device, **missing)
         if new.precision == "auto":
