@@ -141,10 +141,10 @@ def choose_layers(settings, n, m, epoch, step=0):
 # mapping all sentences to one direction. RAIL then teaches the student nothing.
 #
 # How to see it. After each epoch, `cosine` (c) is reported: the mean cosine between the projected
-# teacher vectors of different sentences (the first 256). Near 1, they have collapsed. A student
-# that gives every sentence the mean direction of these vectors has a loss of about 2 - 2 sqrt(c).
-# RAIL has taught something only if the loss ends clearly lower, and even then, the projections may
-# be the cause. (The estimate does not hold with --centre or attention.)
+# teacher vectors of different sentences (the first 256). Near 1, they have collapsed. Their mean is
+# about sqrt(c) long, so a student that always answers with its direction has a loss of 2 - 2
+# sqrt(c). RAIL has taught something only if the loss ends clearly lower, and even then, the
+# projections may be the cause. (The estimate does not hold with --centre or attention.)
 #
 # What --centre does. It subtracts each side's batch mean, which all sentences share. In students
 # with random initial weights, it beat vanilla KD on the toy, but not on film reviews.
@@ -870,8 +870,8 @@ class Settings:
         problems = [
             (device not in (found, "cpu"), f"--device {device} is not available here"),
             (new.precision == "fp16" and device != "cuda", "--precision fp16 needs a CUDA GPU"),
-            (new.task and own_files != [None, None], "--task and own files exclude each other"),
-            (own_files.count(None) == 1, "--train-file and --validation-file belong together"),
+            (own_files.count(None) != (2 if new.task else 0),
+             "--train-file and --validation-file belong together, and exclude --task"),
             (new.student and new.student_layers, "--student excludes --student-layers"),
             (new.mapping == "attention" and new.variant == "concat",
              "--mapping attention needs --variant layerwise"),
