@@ -23,16 +23,16 @@ distance between the two vectors of a pair, averaged over pairs and sentences.
     python rail_kd.py --task toy --student-layers 4        # two minutes on a laptop, offline
     python rail_kd.py --task sst2 --student-layers 4       # BERT-base: fine-tuned, then cut to 4
 
-The toy run ends by printing:
+Near its end, the toy run prints:
 
              layers  parameters  megabytes  ms per sentence  accuracy
     teacher      12     413,122        1.7             3.80  1.0000
     student       4     145,346        0.6             1.37  0.9930
 
-A fifth of the student's labels are wrong on purpose. This is seed 0; ten seeds gave (mean +-
-standard deviation; commands at the end of tutorial.ipynb): labels alone (--mapping finetune) 0.880
-+- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963 +- 0.029, with --centre 0.987 +-
-0.019. Without --centre, none of our tests found RAIL-KD better than vanilla KD.
+The student is cut from its teacher, and a fifth of its labels are deliberately wrong. Seed 0 is
+lucky. Mean accuracy of ten seeds, +- standard deviation (commands: end of tutorial.ipynb): labels
+alone (--mapping finetune) 0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963
++- 0.029, --centre 0.987 +- 0.019. No experiment found uncentred RAIL-KD better than vanilla KD.
 
 Notation: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
@@ -52,7 +52,7 @@ and two public re-implementations (aitsc/GLMKD, TKC002/CILDA-plus-minILD). Origi
     the default: RAIL-KD^l, pair by pair (both run RAIL-KD^c, concatenated)   ours
     padding is excluded from the mean over tokens (both include it)           ours
     temperature 2 (the factor T^2 is standard)                                ours (GLMKD: 10)
-    10 epochs, learning rate 5e-5, 10% warm-up, no weight decay or clipping   ours (CILDA: 20, 2e-5)
+    10 epochs, rate 5e-5 (toy: 8, 5e-4), 10% warm-up, no weight decay         ours (CILDA: 20, 2e-5)
     the student starts from evenly spaced layers of its teacher               ours
     --centre, against the trivial solution of section 2; off by default       ours
 
@@ -63,8 +63,8 @@ Sections 1 to 3, about 300 lines, are the method: read them in one sitting. The 
                         > Distiller (3) > model_outputs (3) > mean_pool (2)     in each step
                                         > label_loss, kd_loss, RailLoss, combined_loss (2)
 
-Good first changes: a map in `choose_layers`, the distance in `RailLoss.forward`, another total in
-`Distiller.forward`. SOLUTION marks exercises, RAIL_KD_DEBUG=1 shows tracebacks, settings.x is --x.
+Good first changes: a map in `choose_layers`, the distance in `RailLoss.forward`, the total in
+`Distiller.forward`. SOLUTION blocks are exercises; RAIL_KD_DEBUG=1 shows tracebacks.
 """
 import argparse, contextlib, copy, csv, dataclasses, inspect, json, math, os
 import re, shlex, shutil, sys, time, timeit
@@ -84,11 +84,11 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 # A draw of 2, 7, 9 is a map: teacher layer 2 teaches student layer 1, 7 teaches 2, and 9 teaches 3.
 # Two facts about these maps, both checked in the tests and the notebook:
 # 1. On average, they are evenly spaced: the i-th smallest of k distinct draws from 1..n-1 has mean
-#    i*n/(k+1) = i*n/m. For 12 -> 4, this is 3, 6, 9: PKD's "skip". But student layer 1's likeliest
-#    partner is teacher layer 1, and 3, 6, 9 is just one of 165 equally likely maps.
+#    i*n/(k+1) = i*n/m. For 12 -> 4, this is 3, 6, 9: PKD's "skip". Yet the likeliest partner of
+#    student layer 1 is teacher layer 1, and 3, 6, 9 is one of C(11, 3) = 165 equally likely maps.
 # 2. Over a run, nearly every layer gets to teach, although each step compares only k pairs. For
-#    12 -> 4, the probability that a given layer sits out is 1 - k/(n-1) = 72.7% for one epoch,
-#    20.3% for five in a row, and 4.1% for ten.
+#    12 -> 4, the probability that a given layer sits out is 1 - k/(n-1) = 8/11 = 72.7% for one
+#    epoch, (8/11)^5 = 20.3% for five, and 4.1% for ten.
 
 
 def sample_layer_map(num_teacher_layers, num_student_layers, rng):
@@ -117,11 +117,11 @@ def evenly_spaced(n, m):
 
 
 def choose_layers(settings, n, m, epoch, step=0):
-    """The teacher layers to learn from, counted from 1; None if the mapping does not use RAIL.
+    """The teacher layers to learn from, an int array of numbers in 1..n-1; None without RAIL.
     A new mapping needs an entry here and its name in `Settings.mapping`. `skip`, `last` and
     `attention` take only the map from their papers, not the loss."""
     if settings.mapping == "random":               # RAIL-KD: (k,)
-        # Seeded by the epoch, not by earlier draws: a resumed run draws the same layers.
+        # Seeded anew, not by earlier draws: a resumed run draws the same layers.
         key = [settings.seed, epoch, step if settings.resample == "step" else 0]
         return sample_layer_map(n, m, np.random.default_rng(key))
     maps = {"skip": np.array(evenly_spaced(n, m)[:-1]),           # PKD (Sun et al. 2019): (k,)
@@ -142,12 +142,12 @@ def choose_layers(settings, n, m, epoch, step=0):
 #
 # How to see it. After each epoch, `cosine` (c) is reported: the mean cosine between the projected
 # teacher vectors of different sentences (the first 256). Near 1, they have collapsed. Their mean is
-# about sqrt(c) long, so a student that always answers with its direction has a loss of 2 - 2
-# sqrt(c). RAIL has taught something only if the loss ends clearly lower, and even then, the
-# projections may be the cause. (The estimate does not hold with --centre or attention.)
+# about sqrt(c) long, so a student that always outputs the mean's direction has a loss of about
+# 2 - 2 sqrt(c). A clearly lower loss is necessary, but not sufficient, for RAIL to have taught
+# something: the projections may be the cause. (Not valid with --centre or attention.)
 #
-# What --centre does. It subtracts each side's batch mean, which all sentences share. In students
-# with random initial weights, it beat vanilla KD on the toy, but not on film reviews.
+# --centre subtracts each side's batch mean, the part that all sentences share. In students with
+# random initial weights, it beat vanilla KD on the toy, but not on real film reviews.
 
 
 def mean_pool(hidden_states, attention_mask):
@@ -179,8 +179,8 @@ class RailLoss(nn.Module):
     student layer. The projections are trained with the student and discarded afterwards.
 
     Args: teacher_dim (d_t), student_dim (d_s), num_pairs (k), projection_size (u); centre: whether
-        to subtract the batch mean from both sides. With it, a batch of one has a loss of 0, and
-        each of several GPUs centres its own rows, so results depend on their number.
+        to subtract the batch mean from both sides. A batch of one then has a loss of 0, and each
+        of several GPUs centres its own rows, so results depend on the number of GPUs.
     Raises: ValueError for an unknown variant, or a size below 1."""
 
     def __init__(self, teacher_dim, student_dim, num_pairs, variant="layerwise",
@@ -208,7 +208,7 @@ class RailLoss(nn.Module):
         Both sides go through `self.project`, each with its own projection, and are then divided by
         their L2 norm (zero vectors stay zero). Layer-wise, layer i is compared with layer i of the
         other side. With attention, the teacher vector for pair i is the sum of all projected
-        candidates t_j, weighted by softmax_j(s_i . t_j), with s and t not yet normalised. Returns a
+        candidates t_j, weighted by softmax_j(s_i . t_j), with s and t before normalising. Returns a
         scalar; no gradient flows into `teacher_pooled`.
 
         Args: student_pooled (B, k, d_s); teacher_pooled (B, k, d_t), or (B, n-1, d_t) if attention.
@@ -230,7 +230,7 @@ class RailLoss(nn.Module):
 
     @torch.no_grad()
     def cosine(self, teacher_pooled):
-        """The mean cosine between different sentences, for the projected (B, k, d_t): a float."""
+        """Mean cosine between different sentences after projection: (B, k, d_t) -> float."""
         B = len(teacher_pooled)
         t = F.normalize(self.project(self.teacher_proj, teacher_pooled), dim=-1)
         # || sum ||^2 adds up B^2 cosines: B of a vector with itself (1 each), B (B - 1) of others.
@@ -247,8 +247,8 @@ def label_loss(logits, labels):
 def kd_loss(student_logits, teacher_logits, temperature):
     """T^2 * KL(softmax(z_t / T) || softmax(z_s / T)) for logits z, batch mean (Hinton et al. 2015).
 
-    A higher T flattens both distributions, so the teacher's ranking of the wrong classes counts
-    for more. For large T, the gradient of this KL shrinks as 1/T^2; the factor T^2 undoes that. For
+    A higher T flattens both distributions, so the probabilities of the wrong classes count for
+    more. For large T, the gradient of this KL shrinks as 1/T^2; the factor T^2 undoes that. For
     regression: the mean squared error. Returns a scalar, with no gradient for `teacher_logits`.
 
     Args: student_logits, teacher_logits (B, C); temperature T (checked even for regression).
@@ -289,7 +289,7 @@ def combined_loss(ce, kd, rail, weights):
 
 
 class Distiller(nn.Module):
-    """Student and projections in one module, so that both are trained, saved and distributed."""
+    """Student and projections in one module, so that both are trained, resumed, distributed."""
 
     def __init__(self, student, rail_loss, settings):
         super().__init__()
@@ -341,7 +341,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
             batch = make_batch(data, tokenizer, own, student.device)
             teacher_side = () if teacher_outputs is None else teacher_outputs(own, layers)
             losses = model(batch, *teacher_side)                                # (4,)
-            # losses[3] is the total. DDP averages gradients over processes; `world` makes it a sum.
+            # losses[3]: the total. DDP averages over processes; share * world makes it the batch's.
             scaler.scale(losses[3] * share * world).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -362,14 +362,14 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
 
 def make_optimizer(distiller, settings, steps):
     """(AdamW, its learning-rate schedule over `steps` steps, the loss scaler)."""
-    # One group for the student and one for the projections: new weights may need another rate.
+    # One group for the student, one for the projections: new weights may need a different rate.
     added = [x for name, x in distiller.named_parameters() if not name.startswith("student.")]
     rate = settings.projection_learning_rate or settings.learning_rate
     groups = [{"params": distiller.student.parameters()}, {"params": added, "lr": rate}]
     optimizer = torch.optim.AdamW(groups, settings.learning_rate, weight_decay=0.0, fused=True)
     # Warm-up for a tenth of the steps, then linearly down to 0.
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    # In fp16, small gradients round to 0, so the loss is scaled up, and the gradients down later.
+    # In fp16, small gradients round to 0, so the loss is scaled up, and the gradients back later.
     device = distiller.student.device.type
     return optimizer, schedule, torch.amp.GradScaler(device, enabled=settings.precision == "fp16")
 
@@ -391,11 +391,12 @@ def model_outputs(model, batch, precision="fp32", pool=False):
 
 
 # ---- 4. The teacher's outputs ------------------------------------------------------------------
-# For each sentence, RAIL-KD needs the teacher's logits and one pooled vector per layer. These are
-# small enough to store, so the teacher runs only once. A training step then costs about as much as
-# three forward passes of the student (the backward pass counts as two). A live teacher, n/m times
-# as deep, would add about n/m forward passes of the student to every step. Since only sentence
-# vectors are compared, student and teacher may differ in width, architecture and even tokenizer.
+# For each sentence, RAIL-KD needs the teacher's logits and one pooled vector per layer. They never
+# change and are small enough to store, so the teacher runs only once. A training step then costs
+# about as much as three forward passes of the student (the backward pass counts as two). A live
+# teacher of the same width would add about n/m forward passes of the student to every step. Since
+# only sentence vectors are compared, student and teacher may differ in width, architecture and even
+# tokenizer.
 
 
 def make_batch(data, tokenizer, rows, device):
@@ -431,7 +432,7 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
     hash of the model, the sentences, the precision and the pooling. Raises ValueError if the disk
     has too little space."""
     # Labels are left out, so that the same sentences with other labels can share a table. The hash
-    # covers the code of two functions: after a change of either, the table is made anew.
+    # covers the code of two functions: after a change of either, the table is rebuilt.
     name = fingerprint(data.remove_columns("label"), str(teacher.config), tokenizer.padding_side,
                        settings.precision, mean_pool.__code__, model_outputs.__code__,
                        *teacher.state_dict().values())
@@ -514,7 +515,7 @@ def load_classifier(name, feature, seed, role):
 def align_labels(model, feature):
     """Gives a model the data's label names, in place, and puts its logits in the data's order.
     Some MNLI checkpoints number the classes differently from GLUE, and a student would silently
-    learn the wrong ones. If the model has the data's names in another order, perhaps in another
+    learn the wrong ones. If the model has the data's names in another order, possibly in another
     case, the rows of its classifier's last layer are reordered. Other names (LABEL_0) are replaced;
     the order is kept. For regression, the name is kept."""
     config, names = model.config, getattr(feature, "names", list(model.config.id2label.values()))
@@ -560,7 +561,7 @@ def encode_and_check(model, tokenizer, sets, settings, role):
     tries it on the shortest and longest example of each set. Returns (model, encoded sets,
     tokenizer). Raises ValueError, before anything slow begins, if the method can't use the model:
     no attention mask, hidden states that are missing or of another shape, too few positions, a
-    precision that it can't run in."""
+    precision that it does not support."""
     model.to(settings.device)
     hint = "" if settings.precision == "fp32" else "; --precision fp32 may help"
     with one_line_error(f"the {role}, a {type(model).__name__}, can't be used{hint}"):
@@ -600,13 +601,13 @@ def toy_sentences(seed, sizes):
     "Although the plot is very clever, the acting is hardly moving" is negative: what counts is the
     clause without "although", or the one after "but" or "yet". Word order tells which clause that
     is, and a negation flips its meaning, so word counts say little. Sentences of one clause are a
-    stepping stone for a deep model that starts from random weights. No sentence occurs twice for
-    one seed, and they depend only on the seed and the sizes. There are only 1,120 sentences of one
-    clause, so later sets have fewer of them: about 18% of the validation set, 15% of the student's
-    sentences and 7% of the teacher's."""
+    stepping stone for a deep model that starts from random weights. No sentence repeats within a
+    seed, and the sentences depend only on the seed and the sizes. There are only 1,120 sentences of
+    one clause, so later sets have fewer of them: about 18% of the validation set, 15% of the
+    student's sentences and 7% of the teacher's."""
     rng, label_of = np.random.default_rng([seed, 0x7071]), {}    # sentence -> label
     while len(label_of) < sum(sizes):
-        clauses, labels = [], []                   # first those of the clause that decides
+        clauses, labels = [], []                   # the deciding clause comes first
         for topic in rng.choice(TOPICS, 2, replace=False):
             positive, negated = rng.integers(2), rng.random() < 1 / 3
             verb, adjective = rng.choice(VERBS[negated]), rng.choice(ADJECTIVES[positive])
@@ -702,7 +703,7 @@ def encode(data, tokenizer, model, max_length):
     limit = min(max_length, tokenizer.model_max_length)
     positions = getattr(model.config, "max_position_embeddings", None) or -1     # XLNet has -1
     if 0 < positions < limit:
-        limit = positions - 2                      # two fewer, which RoBERTa and others reserve
+        limit = positions - 2                      # RoBERTa and others reserve two
     texts = [name for name in data.column_names if name != "label"]
     data = data.map(tokenizer, input_columns=texts, batched=True,
                     fn_kwargs={"truncation": True, "max_length": limit})
@@ -738,7 +739,7 @@ def fingerprint(data, *more):
 def compute_metrics(logits, labels, task=None, teacher_logits=None):
     """GLUE's metrics for arrays (N, C) and (N,): {"accuracy": ..., "eval_loss": ...}.
 
-    Your own data are scored with accuracy, or by two correlations for regression. `eval_loss` is CE
+    Your own data are scored by accuracy, or by two correlations for regression. `eval_loss` is CE
     in nats or the mean squared error; `agreement`: how often the teacher chooses the same class."""
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
     regression = logits.shape[1] == 1
@@ -884,7 +885,7 @@ class Settings:
              f"--output-dir {new.output_dir} is in use: name a new folder")]
         if messages := [message for applies, message in problems if applies]:
             raise ValueError("; ".join(messages))
-        if total < 1 - 1e-6:                       # or a second call would change the last digits
+        if total < 1 - 1e-6:                       # otherwise a second call would change digits
             new.weights = [use * weight / total for use, weight in zip(used, new.weights)]
         return new
 
@@ -896,7 +897,7 @@ def run(settings):
     """Trains a student from Settings; returns the contents of metrics.json.
 
     The run's folder holds that file, student/ and, if the teacher was fine-tuned here, teacher/,
-    both ready for transformers' pipeline. The student is that of the last epoch, not of the best.
+    both ready for transformers' pipeline. The student is the last epoch's, not the best.
     The table of section 4 stays, in the teacher's folder or here. Until the run ends, teacher.pt
     or student.pt holds the state after the last epoch. A resumed run goes through the same stages,
     but skips those whose results are on disk. Raises ValueError, OSError or FloatingPointError,
@@ -1104,7 +1105,7 @@ def load_run(settings):
     or if flags other than --resume, --device and --precision are given."""
     flags = {x: value for x, value in vars(settings).items() if value != getattr(Settings(), x)}
     if flags.keys() - {"resume", "device", "precision"}:
-        raise ValueError("--resume takes no other flags than --device and --precision")
+        raise ValueError("--resume takes no flags other than --device and --precision")
     with one_line_error(f"--resume {settings.resume}: no run can be resumed there"):
         saved = json.loads((Path(settings.resume) / "metrics.json").read_text())
         stored = saved["settings"] | {"output_dir": settings.resume}       # it may have been moved
