@@ -121,7 +121,7 @@ def choose_layers(settings, n, m, epoch, step=0):
     A new mapping needs an entry here and its name in `Settings.mapping`. `skip`, `last` and
     `attention` take only the map from their papers, not the loss."""
     if settings.mapping == "random":               # RAIL-KD: (k,)
-        # Seeded anew, not by earlier draws: a resumed run draws the same layers.
+        # Reseeded for each draw, so a resumed run draws the same layers.
         key = [settings.seed, epoch, step if settings.resample == "step" else 0]
         return sample_layer_map(n, m, np.random.default_rng(key))
     maps = {"skip": np.array(evenly_spaced(n, m)[:-1]),           # PKD (Sun et al. 2019): (k,)
@@ -153,8 +153,8 @@ def choose_layers(settings, n, m, epoch, step=0):
 def mean_pool(hidden_states, attention_mask):
     """One vector per sentence: the mean of a layer's output over the real tokens, [CLS] included.
 
-    Padding is left out, whatever it contains. Otherwise the vector of a sentence would depend on
-    the longest sentence of its batch.
+    Padding is left out, whatever it contains. Otherwise a sentence's vector would depend on the
+    longest sentence in its batch.
 
     Args: hidden_states (B, S, d), any float type; attention_mask (B, S), any type: 1 for a real
         token, 0 for padding.
@@ -208,7 +208,7 @@ class RailLoss(nn.Module):
         Both sides go through `self.project`, each with its own projection, and are then divided by
         their L2 norm (zero vectors stay zero). Layer-wise, layer i is compared with layer i of the
         other side. With attention, the teacher vector for pair i is the sum of all projected
-        candidates t_j, weighted by softmax_j(s_i . t_j), with s and t before normalising. Returns a
+        candidates t_j, weighted by softmax_j(s_i . t_j), before s and t are normalised. Returns a
         scalar; no gradient flows into `teacher_pooled`.
 
         Args: student_pooled (B, k, d_s); teacher_pooled (B, k, d_t), or (B, n-1, d_t) if attention.
@@ -289,7 +289,7 @@ def combined_loss(ce, kd, rail, weights):
 
 
 class Distiller(nn.Module):
-    """Student and projections in one module, so that both are trained, resumed, distributed."""
+    """Student and projections in one module: trained, resumed and distributed together."""
 
     def __init__(self, student, rail_loss, settings):
         super().__init__()
@@ -321,7 +321,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
     steps = math.ceil(len(data) / settings.batch_size) * settings.epochs
     optimizer, schedule, scaler = make_optimizer(distiller, settings, steps)
     # If there is a state file, its contents go into these four objects.
-    history, save_state = load_state(state_file, data, distiller, optimizer, schedule, scaler)
+    history, save_state = load_state(state_file, distiller, optimizer, schedule, scaler)
     m, lengths, model = student.config.num_hidden_layers, lengths_of(data), distiller
     if world > 1:                          # some models, such as XLNet, have unused weights
         model = nn.parallel.DistributedDataParallel(distiller, find_unused_parameters=True)
@@ -439,15 +439,15 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
     shape = len(data), teacher.config.num_hidden_layers, teacher.config.hidden_size    # (N, n, d_t)
     size, folder = math.prod(shape), parent / f"table-{name}"
     file, logits_file = folder / "pooled.bin", folder / "logits.pt"
-    # The large file may be missing or cut off; the other one is written last.
+    # The large file may be missing or truncated; the other one is written last.
     done = from_rank_0(logits_file.exists() and file.exists() and file.stat().st_size == 2 * size)
     if not done:
         if 2 * size > shutil.disk_usage(parent).free:
             raise ValueError(f"{parent}: no room for the teacher's outputs ({2e-9 * size:.1f} GB)")
         folder.mkdir(exist_ok=True)
         logits_file.unlink(missing_ok=True)
-    # shared: what is written to `pooled` reaches the file
-    pooled = torch.from_file(str(file), shared=True, size=size, dtype=torch.half).view(shape)
+    # shared: what is written to `pooled` reaches the file (a finished one is only read)
+    pooled = torch.from_file(str(file), shared=not done, size=size, dtype=torch.half).view(shape)
     if not done:
         print(f"The teacher runs once; {2e-6 * size:,.1f} MB of outputs go to {folder}")
         logits = torch.from_numpy(predict(teacher, data, tokenizer, settings.precision, pooled))
@@ -502,7 +502,7 @@ def load_classifier(name, feature, seed, role):
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=getattr(feature, "num_classes", 1), ignore_mismatched_sizes=True,
             trust_remote_code=False, output_loading_info=True)
-        # What a checkpoint lacks, transformers fills with random numbers. That is right for a new
+        # Transformers fills what a checkpoint lacks with random numbers. That is right for a new
         # classifier and for BERT's pooler, which belongs to it, but not for the encoder.
         mismatched = {key for key, *_ in info["mismatched_keys"]}  # present, but of another shape
         untrained, encoder = mismatched | set(info["missing_keys"]), f"{model.base_model_prefix}."
@@ -590,7 +590,7 @@ ADJECTIVES = ("dull clumsy stale silly cold weak tedious messy".split(),        
 VERBS = ["is", "is", "is very", "is quite", "is rather"], ["is not", "is never", "is hardly"]
 FORMS = ["the {0}.", "the {0}, although the {1}.", "although the {1}, the {0}.",
          "the {1}, but the {0}.", "the {1}, yet the {0}."]             # {0} decides the label
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE](-\d+|\+?0?\d))?")       # below about 1e10
 MISSING = ("", "NA", "N/A", "NaN", "nan", "null")          # count as no label
 UNSCORED = ("train", "teacher_train")                       # data sets that are not scored
 
@@ -622,7 +622,7 @@ def toy_sentences(seed, sizes):
 def read_file(path, train=None):
     """A CSV or JSON Lines file -> Dataset with sentence1, perhaps sentence2, and label.
 
-    Names or whole numbers become classes, in sorted order; one decimal is enough for regression.
+    Names or whole numbers become classes, in sorted order; a single decimal makes it regression.
     Later files must have the columns of `train`, and its labels or, if these are names, class
     numbers (0 for "negative"). Raises ValueError. `datasets.load_dataset` is avoided because it
     treats [ and * in a path as a pattern, turns 007 into 7, and returns old rows for a file that
@@ -727,7 +727,7 @@ def length_batches(lengths, batch_size, seed):
 
 
 def fingerprint(data, *more):
-    """16 hex digits that change whenever an encoded Dataset, or anything else given, changes."""
+    """16 hex digits that change whenever a Dataset, or anything else that is given, changes."""
     return datasets.fingerprint.Hasher.hash([*map(json.dumps, data.iter(1000)), *more])
 
 
@@ -885,7 +885,7 @@ class Settings:
              f"--output-dir {new.output_dir} is in use: name a new folder")]
         if messages := [message for applies, message in problems if applies]:
             raise ValueError("; ".join(messages))
-        if total < 1 - 1e-6:                       # otherwise a second call would change digits
+        if total < 1 - 1e-6:                       # or a second call would alter last digits
             new.weights = [use * weight / total for use, weight in zip(used, new.weights)]
         return new
 
@@ -911,12 +911,15 @@ def run(settings):
     settings = settings.resolve()
     folder = Path(from_rank_0(settings.output_dir))
     if (folder / "student").is_dir():
-        print(f"{folder} is already finished.")
+        print(f"The run in {folder} is already finished.")
         return results
 
     # Data and models. Most problems surface here, before anything slow starts or is written.
     sets = load_task(settings)
     feature = sets["train"].features["label"]
+    hashes = {name: fingerprint(data) for name, data in sets.items()}
+    if settings.resume and results["versions"].get("data") != hashes:
+        raise ValueError(f"{folder}: the data have changed since the run began; restore them")
     source = str(folder / "teacher") if (folder / "teacher").is_dir() else settings.teacher
     teacher, tokenizer, trained = load_classifier(source, feature, settings.seed, "teacher")
     n = teacher.config.num_hidden_layers
@@ -940,6 +943,7 @@ def run(settings):
     rank, world = rank_and_world()
     results["settings"] = dataclasses.asdict(settings) | {"resume": None}
     results["versions"] = {x.__name__: x.__version__ for x in (torch, transformers, datasets, np)}
+    results["versions"]["data"] = hashes
     results["device"] = f"{settings.device}, {torch.get_num_threads()} threads x {world}"
     if not settings.resume and rank == 0:          # claim the folder: one run can create the file
         with one_line_error(f"--output-dir {folder} is in use or can't be written to"):
@@ -1000,10 +1004,9 @@ def run(settings):
             row = results[name]
             print(f"{name}  {row['layers']:6}  {row['parameters']:10,}  {row['bytes'] / 1e6:9.1f}  "
                   f"{row['milliseconds_per_sentence']:15.2f}  {row[metric]:.4f}")
-        print(f"\nAll numbers are in {folder / 'metrics.json'}.")
         save_json(folder / "metrics.json", results)
     save(folder / role, model.save_pretrained, tokenizer.save_pretrained)
-    print(f"The {role} is in {folder / role}.")
+    print(f"The {role} is in {folder / role}, all numbers are in {folder / 'metrics.json'}.")
     for name in models:
         (folder / f"{name}.pt").unlink(missing_ok=True)
     if trained:                                    # student/ marks the run as finished
@@ -1065,7 +1068,7 @@ def sum_over_processes(tensor, what):
 
 def save(path, *writers):
     """Calls each writer with one temporary path, in the first process. The file or folder that they
-    make appears at `path` as a whole or not at all. Raises OSError; `path` is then unchanged."""
+    make appears at `path` complete or not at all. Raises OSError; `path` is then unchanged."""
     tmp = path.with_name(f"{path.name}.part")
     with one_line_error(f"{path} could not be written, and is unchanged", OSError):
         if rank_and_world()[0] == 0:
@@ -1080,16 +1083,14 @@ def save_json(path, content):
     save(path, lambda tmp: tmp.write_text(json.dumps(content, indent=2, allow_nan=False)))
 
 
-def load_state(file, data, *parts):
+def load_state(file, *parts):
     """Restores `parts` (modules, an optimizer, ...) and the history of a killed run from `file`, if
     it exists. Returns the history, a list, and a function that saves both as they then are. Raises
-    ValueError if the file belongs to another run, or the data have changed."""
-    state = {"data": fingerprint(data), "history": []}
+    ValueError if the file belongs to another run."""
+    state = {"history": []}
     if file.exists():
         with one_line_error(f"{file} does not belong to this run: delete it to train from scratch"):
             state = torch.load(file, map_location="cpu", weights_only=True)      # runs no code
-            if state["data"] != fingerprint(data):
-                raise ValueError("the training data have changed since the run began")
             for part, saved in zip(parts, state.pop("parts")):
                 if saved:                          # the scaler's is empty, except in fp16
                     part.load_state_dict(saved)
