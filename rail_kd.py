@@ -341,7 +341,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
             batch = make_batch(data, tokenizer, own, student.device)
             teacher_side = () if teacher_outputs is None else teacher_outputs(own, layers)
             losses = model(batch, *teacher_side)                                # (4,)
-            # losses[3]: the total. DDP averages over processes; share * world makes it the batch's.
+            # losses[3]: the total. DDP averages over processes; share * world undoes that.
             scaler.scale(losses[3] * share * world).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -369,7 +369,7 @@ def make_optimizer(distiller, settings, steps):
     optimizer = torch.optim.AdamW(groups, settings.learning_rate, weight_decay=0.0, fused=True)
     # Warm-up for a tenth of the steps, then linearly down to 0.
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    # In fp16, small gradients round to 0, so the loss is scaled up, and the gradients back later.
+    # In fp16, small gradients round to 0, so the loss is scaled up and the gradients scaled back.
     device = distiller.student.device.type
     return optimizer, schedule, torch.amp.GradScaler(device, enabled=settings.precision == "fp16")
 
@@ -1006,7 +1006,7 @@ def run(settings):
                   f"{row['milliseconds_per_sentence']:15.2f}  {row[metric]:.4f}")
         save_json(folder / "metrics.json", results)
     save(folder / role, model.save_pretrained, tokenizer.save_pretrained)
-    print(f"The {role} is in {folder / role}, all numbers are in {folder / 'metrics.json'}.")
+    print(f"The {role} is in {folder / role}, its scores are in {folder / 'metrics.json'}.")
     for name in models:
         (folder / f"{name}.pt").unlink(missing_ok=True)
     if trained:                                    # student/ marks the run as finished
