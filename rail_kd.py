@@ -32,11 +32,21 @@ Near its end, the toy run prints:
 The student is cut from its teacher, and a fifth of its labels are deliberately wrong. Seed 0 is
 lucky. Mean accuracy of ten seeds, +- standard deviation (commands: end of tutorial.ipynb): labels
 alone (--mapping finetune) 0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963
-+- 0.029, --centre 0.987 +- 0.019. No experiment found uncentred RAIL-KD better than vanilla KD.
++- 0.029, --centre 0.987 +- 0.019. None of our runs showed uncentred RAIL-KD ahead of vanilla KD.
 
 Notation: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
 width of the projections, T the temperature.
+
+Sections 1 to 3, about 300 lines, are the method: read them in one sitting. The rest is support.
+
+    run (9) > teacher_table (4)                                                 once
+            > train (3) > choose_layers (1) > sample_layer_map (1)              in each epoch
+                        > Distiller (3) > model_outputs (3) > mean_pool (2)     in each step
+                                        > label_loss, kd_loss, RailLoss, combined_loss (2)
+
+Good first changes: a map in `choose_layers`, the distance in `RailLoss.forward`, another loss in
+`Distiller.forward`. SOLUTION blocks are exercises; RAIL_KD_DEBUG=1 shows tracebacks.
 
 Source: Haidar, Anchuri, Rezagholizadeh, Ghaddar, Langlais, Poupart, "RAIL-KD: RAndom Intermediate
 Layer Mapping for Knowledge Distillation", Findings of NAACL 2022, arXiv 2109.10164. This is an
@@ -55,16 +65,6 @@ and two public re-implementations (aitsc/GLMKD, TKC002/CILDA-plus-minILD). Origi
     10 epochs, rate 5e-5 (toy: 8, 5e-4), 10% warm-up, no weight decay         ours (CILDA: 20, 2e-5)
     the student starts from evenly spaced layers of its teacher               ours
     --centre, against the trivial solution of section 2; off by default       ours
-
-Sections 1 to 3, about 300 lines, are the method: read them in one sitting. The rest is support.
-
-    run (9) > teacher_table (4)                                                 once
-            > train (3) > choose_layers (1) > sample_layer_map (1)              in each epoch
-                        > Distiller (3) > model_outputs (3) > mean_pool (2)     in each step
-                                        > label_loss, kd_loss, RailLoss, combined_loss (2)
-
-Good first changes: a map in `choose_layers`, the distance in `RailLoss.forward`, the total in
-`Distiller.forward`. SOLUTION blocks are exercises; RAIL_KD_DEBUG=1 shows tracebacks.
 """
 import argparse, contextlib, copy, csv, dataclasses, inspect, json, math, os
 import re, shlex, shutil, sys, time, timeit
@@ -84,8 +84,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 # A draw of 2, 7, 9 is a map: teacher layer 2 teaches student layer 1, 7 teaches 2, and 9 teaches 3.
 # Two facts about these maps, both checked in the tests and the notebook:
 # 1. On average, they are evenly spaced: the i-th smallest of k distinct draws from 1..n-1 has mean
-#    i*n/(k+1) = i*n/m. For 12 -> 4, this is 3, 6, 9: PKD's "skip". Yet the likeliest partner of
-#    student layer 1 is teacher layer 1, and 3, 6, 9 is one of C(11, 3) = 165 equally likely maps.
+#    i*n/(k+1) = i*n/m. For 12 -> 4, this is 3, 6, 9: PKD's "skip". Yet student layer 1 most often
+#    gets teacher layer 1, and 3, 6, 9 is just one of C(11, 3) = 165 equally likely maps.
 # 2. Over a run, nearly every layer gets to teach, although each step compares only k pairs. For
 #    12 -> 4, the probability that a given layer sits out is 1 - k/(n-1) = 8/11 = 72.7% for one
 #    epoch, (8/11)^5 = 20.3% for five, and 4.1% for ten.
@@ -137,17 +137,17 @@ def choose_layers(settings, n, m, epoch, step=0):
 #   RAIL = mean of || s_i - t_i ||^2 over the batch and the k pairs (concat: one pair)
 # For unit vectors, || s - t ||^2 = 2 - 2 cos(s, t): 0 for equal directions, 4 for opposite ones.
 #
-# The trivial solution. The projections are trained too, and can lower the loss by themselves, by
+# The trivial solution. The projections are trained too, and can lower the loss on their own by
 # mapping all sentences to one direction. RAIL then teaches the student nothing.
 #
-# How to see it. After each epoch, `cosine` (c) is reported: the mean cosine between the projected
-# teacher vectors of different sentences (the first 256). Near 1, they have collapsed. Their mean is
-# about sqrt(c) long, so a student that always outputs the mean's direction has a loss of about
-# 2 - 2 sqrt(c). A clearly lower loss is necessary, but not sufficient, for RAIL to have taught
-# something: the projections may be the cause. (Not valid with --centre or attention.)
+# How to see it. Each epoch reports `cosine` (c), the mean cosine between the projected teacher
+# vectors of different sentences (the first 256). Near 1, they have collapsed. Their mean has length
+# about sqrt(c), so a student that always outputs its direction has a loss of about 2 - 2 sqrt(c).
+# If RAIL has taught the student anything, the loss is clearly lower; but the projections alone can
+# lower it, too. (Not valid with --centre or attention.)
 #
 # --centre subtracts each side's batch mean, the part that all sentences share. In students with
-# random initial weights, it beat vanilla KD on the toy, but not on real film reviews.
+# random initial weights, it beat vanilla KD on the toy, but lost to it on real film reviews.
 
 
 def mean_pool(hidden_states, attention_mask):
@@ -179,8 +179,8 @@ class RailLoss(nn.Module):
     student layer. The projections are trained with the student and discarded afterwards.
 
     Args: teacher_dim (d_t), student_dim (d_s), num_pairs (k), projection_size (u); centre: whether
-        to subtract the batch mean from both sides. A batch of one then has a loss of 0, and each
-        of several GPUs centres its own rows, so results depend on the number of GPUs.
+        to subtract the batch mean from both sides. A batch of one then has a loss of 0. Each GPU
+        centres its own rows, so results depend on the number of GPUs.
     Raises: ValueError for an unknown variant, or a size below 1."""
 
     def __init__(self, teacher_dim, student_dim, num_pairs, variant="layerwise",
@@ -238,7 +238,7 @@ class RailLoss(nn.Module):
 
 
 def label_loss(logits, labels):
-    """CE of logits (B, C) and class numbers (B,); mean squared error for regression, (B, 1)."""
+    """CE of logits (B, C) and class numbers (B,); for regression (C = 1), mean squared error."""
     if logits.shape[1] == 1:
         return F.mse_loss(logits.squeeze(1), labels)
     return F.cross_entropy(logits, labels)
@@ -283,9 +283,9 @@ def combined_loss(ce, kd, rail, weights):
 
 
 # ---- 3. One step, and the loop -----------------------------------------------------------------
-# The frozen teacher gives the same outputs for a sentence in every epoch, so it runs only once,
-# before the loop (section 4), and `teacher_outputs(rows, layers)` looks up its outputs. Ignore at
-# first: rank, world, own, share (several GPUs); load_state, save_state; scaler (fp16).
+# The frozen teacher's outputs for a sentence never change, so it runs just once, before the loop
+# (section 4), and `teacher_outputs(rows, layers)` looks them up. Ignore at first: rank, world, own,
+# share (several GPUs); load_state, save_state; scaler (fp16).
 
 
 class Distiller(nn.Module):
@@ -305,7 +305,7 @@ class Distiller(nn.Module):
         kd = rail = torch.zeros_like(ce)
         if teacher_logits is not None:
             kd = kd_loss(logits, teacher_logits, self.settings.temperature)
-        if use_rail:                               # (B, m-1, d_s): layer m learns from the logits
+        if use_rail:                               # all layers but the last: (B, m-1, d_s)
             rail = self.rail_loss(pooled[:, :-1], teacher_pooled)
         return torch.stack([ce, kd, rail, combined_loss(ce, kd, rail, self.settings.weights)])
 
@@ -320,7 +320,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
     student = distiller.student
     steps = math.ceil(len(data) / settings.batch_size) * settings.epochs
     optimizer, schedule, scaler = make_optimizer(distiller, settings, steps)
-    # If there is a state file, its contents go into these four objects.
+    # A state file, if there is one, fills these four objects and the history.
     history, save_state = load_state(state_file, distiller, optimizer, schedule, scaler)
     m, lengths, model = student.config.num_hidden_layers, lengths_of(data), distiller
     if world > 1:                          # some models, such as XLNet, have unused weights
@@ -363,7 +363,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
 def make_optimizer(distiller, settings, steps):
     """(AdamW, its learning-rate schedule over `steps` steps, the loss scaler)."""
     # One group for the student, one for the projections: new weights may need a different rate.
-    added = [x for name, x in distiller.named_parameters() if not name.startswith("student.")]
+    added = [p for name, p in distiller.named_parameters() if not name.startswith("student.")]
     rate = settings.projection_learning_rate or settings.learning_rate
     groups = [{"params": distiller.student.parameters()}, {"params": added, "lr": rate}]
     optimizer = torch.optim.AdamW(groups, settings.learning_rate, weight_decay=0.0, fused=True)
@@ -378,7 +378,7 @@ def model_outputs(model, batch, precision="fp32", pool=False):
     """Logits (B, C), and with `pool` the pooled layers 1..n (B, n, d), else None; in float32."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16           # unused in fp32
     with torch.autocast(model.device.type, dtype, enabled=precision != "fp32"):
-        # Without labels: the model must not compute a loss of its own.
+        # No labels, so the model does not compute a loss of its own.
         out = model(**dict(batch, labels=None), output_hidden_states=pool)
     if not pool:
         return out.logits.float(), None
@@ -471,7 +471,7 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
 def toy_teacher(seed, num_layers=12):
     """(model, tokenizer): an untrained BERT of width 64 whose vocabulary is the words of the toy.
     Deep Transformers trained from scratch often get stuck at chance level. What helps: no dropout,
-    warm-up, and initial weights larger than BERT's 0.02, which was chosen for a width of 768."""
+    warm-up, and a larger initial spread than BERT's 0.02, which was chosen for a width of 768."""
     # Every word that occurs in the lists of section 6.
     words = sorted(set(re.findall("[a-z]+", str([TOPICS, VERBS, ADJECTIVES, FORMS]))))
     ids = {x: i for i, x in enumerate("[PAD] [UNK] [CLS] [SEP] [MASK] , .".split() + words)}
@@ -590,13 +590,13 @@ ADJECTIVES = ("dull clumsy stale silly cold weak tedious messy".split(),        
 VERBS = ["is", "is", "is very", "is quite", "is rather"], ["is not", "is never", "is hardly"]
 FORMS = ["the {0}.", "the {0}, although the {1}.", "although the {1}, the {0}.",
          "the {1}, but the {0}.", "the {1}, yet the {0}."]             # {0} decides the label
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE](-\d+|\+?0?\d))?")       # below about 1e10
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE](-\d+|\+?0?\d))?")       # exponent at most 9
 MISSING = ("", "NA", "N/A", "NaN", "nan", "null")          # count as no label
 UNSCORED = ("train", "teacher_train")                       # data sets that are not scored
 
 
 def toy_sentences(seed, sizes):
-    """Short reviews in which the words alone do not decide the label: a Dataset for each size.
+    """Short reviews, most of which need more than word counts: a Dataset for each size.
 
     "Although the plot is very clever, the acting is hardly moving" is negative: what counts is the
     clause without "although", or the one after "but" or "yet". Word order tells which clause that
@@ -867,7 +867,7 @@ class Settings:
             new.precision = half if device == "cuda" else "fp32"
         # A loss that the mapping does not use gets weight 0; the others then sum to 1 again.
         used = {"none": [1, 1, 0], "finetune": [1, 0, 0]}.get(new.mapping, [1, 1, 1])
-        total = combined_loss(*used, new.weights)  # of the weights in use; raises for invalid ones
+        used_weight = combined_loss(*used, new.weights)        # raises for invalid weights
         problems = [
             (device not in (found, "cpu"), f"--device {device} is not available here"),
             (new.precision == "fp16" and device != "cuda", "--precision fp16 needs a CUDA GPU"),
@@ -876,7 +876,7 @@ class Settings:
             (new.student and new.student_layers, "--student excludes --student-layers"),
             (new.mapping == "attention" and new.variant == "concat",
              "--mapping attention needs --variant layerwise"),
-            (total == 0, f"--mapping {new.mapping} leaves nothing to learn from"),
+            (used_weight == 0, f"--mapping {new.mapping} leaves nothing to learn from"),
             (toy and (new.max_train_examples or 0) > 100_000,
              "--max-train-examples: the toy makes at most 100000"),
             ({*UNSCORED, "validation", "validation_mismatched"} & {*new.eval_file},
@@ -885,8 +885,8 @@ class Settings:
              f"--output-dir {new.output_dir} is in use: name a new folder")]
         if messages := [message for applies, message in problems if applies]:
             raise ValueError("; ".join(messages))
-        if total < 1 - 1e-6:                       # or a second call would alter last digits
-            new.weights = [use * weight / total for use, weight in zip(used, new.weights)]
+        if used_weight < 1 - 1e-6:                 # or a second call would alter last digits
+            new.weights = [use * weight / used_weight for use, weight in zip(used, new.weights)]
         return new
 
 
@@ -1031,8 +1031,8 @@ def one_line_error(what, error_type=ValueError):
 
 def rank_and_world():
     """(rank, world): (0, 1) for one process."""
-    group = torch.distributed
-    return (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
+    dist = torch.distributed
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def progress(items, text):
@@ -1110,8 +1110,8 @@ def load_run(settings):
     with one_line_error(f"--resume {settings.resume}: no run can be resumed there"):
         saved = json.loads((Path(settings.resume) / "metrics.json").read_text())
         stored = saved["settings"] | {"output_dir": settings.resume}       # it may have been moved
-        if settings.device not in ("auto", stored["device"]):              # may not support it
-            stored["precision"] = "auto"
+        if settings.device not in ("auto", stored["device"]):
+            stored["precision"] = "auto"           # the new device may not support the old one
         return Settings(**stored | flags), saved
 
 
