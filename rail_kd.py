@@ -32,7 +32,7 @@ Near its end, the toy run prints:
 The student is cut from its teacher, and a fifth of its labels are deliberately wrong. Seed 0 is
 lucky. Mean accuracy of ten seeds, +- standard deviation (commands: end of tutorial.ipynb): labels
 alone (--mapping finetune) 0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963
-+- 0.029, --centre 0.987 +- 0.019. On average, uncentred RAIL-KD never beat vanilla KD here.
++- 0.029, --centre 0.987 +- 0.019. No mean of RAIL-KD in README.md is above vanilla KD's.
 
 Notation: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
@@ -86,7 +86,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 # 1. On average, they are evenly spaced: the i-th smallest of k distinct draws from 1..n-1 has mean
 #    i*n/(k+1) = i*n/m. For 12 -> 4, this is 3, 6, 9: PKD's "skip". Yet student layer 1 most often
 #    gets teacher layer 1, and 3, 6, 9 is just one of C(11, 3) = 165 equally likely maps.
-# 2. Over a run, nearly every layer gets to teach, although each step compares only k pairs. For
+# 2. Over a run, nearly every candidate is drawn, although each step compares only k pairs. For
 #    12 -> 4, the probability that a given layer sits out is 1 - k/(n-1) = 8/11 = 72.7% for one
 #    epoch, (8/11)^5 = 20.3% for five, and 4.1% for ten.
 
@@ -115,8 +115,8 @@ def evenly_spaced(n, m):
     return [round(i * n / m) for i in range(1, m + 1)]
 
 
-# The other mappings: functions of n and m. A new one needs only an entry here. `skip`, `last` and
-# `attention` take the map from their papers, not the loss.
+# The other mappings, from n and m to k layers. A new one needs only an entry here. `skip`, `last`
+# and `attention` take the map from their papers, not the loss.
 MAPS = {"skip": lambda n, m: np.array(evenly_spaced(n, m)[:-1]),       # PKD (Sun et al. 2019): (k,)
         "last": lambda n, m: np.arange(n - m + 1, n),                  # PKD: (k,)
         "attention": lambda n, m: np.arange(1, n),     # ALP-KD (Passban et al. 2021): all, (n-1,)
@@ -144,11 +144,11 @@ def choose_layers(settings, n, m, epoch, step=0):
 # How to see it. Each epoch reports `cosine` (c), the mean cosine between the projected teacher
 # vectors of different sentences (the first 256). Near 1, they have collapsed. Their mean has length
 # about sqrt(c), so a student that always outputs its direction has a loss of about 2 - 2 sqrt(c).
-# If RAIL has taught the student anything, the loss is clearly lower; but the projections alone can
-# lower it, too. (Not valid with --centre or attention.)
+# Only a loss clearly below this can be a sign of teaching, and the projections alone can reach it,
+# too. (Not valid with --centre or attention.)
 #
-# --centre subtracts each side's batch mean, the part that all sentences share. In students with
-# random weights, its accuracy against vanilla KD was +0.027 on the toy, -0.014 on film reviews.
+# --centre subtracts each side's batch mean, the part that all sentences share. From random initial
+# weights, it beat vanilla KD by 0.027 on the toy, but lost by 0.014 on film reviews (README.md).
 
 
 def mean_pool(hidden_states, attention_mask):
@@ -284,7 +284,7 @@ def combined_loss(ce, kd, rail, weights):
 
 
 # ---- 3. One step, and the loop -----------------------------------------------------------------
-# The frozen teacher's outputs for a sentence never change, so it runs just once, before the loop
+# The frozen teacher's outputs never change, so the teacher runs just once, before the loop
 # (section 4), and `teacher_outputs(rows, layers)` looks them up. Ignore at first: rank, world, own,
 # share (several GPUs); load_state, save_state; scaler (fp16). After the loop: `model_outputs`.
 
@@ -317,7 +317,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
     it, only labels are used. `after_epoch(history, layers)` may add scores to the last dict. All
     randomness comes from seed, epoch and step: a killed run resumes after its last complete epoch,
     on a CPU bit for bit. Raises FloatingPointError (a loss isn't finite), ValueError or OSError."""
-    rank, world = rank_and_world()
+    rank, world = rank_and_world()                 # without torchrun: 0 and 1
     student = distiller.student
     steps = math.ceil(len(data) / settings.batch_size) * settings.epochs
     optimizer, schedule, scaler = make_optimizer(distiller, settings, steps)
@@ -329,7 +329,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
 
     for epoch in range(len(history) + 1, settings.epochs + 1):
         start = time.perf_counter()
-        sums = torch.zeros(4, device=student.device)
+        sums = 0
         layers = choose_layers(settings, n, m, epoch)                   # the draw: (k,), or None
         seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
         torch.manual_seed(seed + rank)             # for dropout
@@ -341,15 +341,15 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
             own, share = own_rows(rows)            # without torchrun: all rows, and 1
             batch = make_batch(data, tokenizer, own, student.device)
             teacher_side = () if teacher_outputs is None else teacher_outputs(own, layers)
-            losses = model(batch, *teacher_side)                                # (4,)
-            # losses[3]: the total. DDP averages over the processes; this makes it a weighted sum.
-            scaler.scale(losses[3] * share * world).backward()
+            losses = model(batch, *teacher_side)           # (4,): CE, KD, RAIL, total
+            # losses[-1]: the total. DDP averages; the two factors make it a weighted sum.
+            scaler.scale(losses[-1] * share * world).backward()
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
             optimizer.zero_grad()
             sums += losses.detach() * share * len(rows) / len(data)    # stays on the device
-        ce, kd, rail, total = sum_over_processes(sums, f"the loss of epoch {epoch}").tolist()
+        ce, kd, rail, *_, total = sum_over_processes(sums, f"the loss of epoch {epoch}").tolist()
         seconds = time.perf_counter() - start      # the line above has waited for the device
         no_map = layers is None or settings.mapping == "attention" or settings.resample == "step"
         history.append({"epoch": epoch, "layers": None if no_map else layers.tolist(),
@@ -358,6 +358,19 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
         after_epoch(history, layers)
         save_state()
     return history
+
+
+def model_outputs(model, batch, precision="fp32", pool=False):
+    """Logits (B, C), and with `pool` the pooled layers 1..n (B, n, d), else None; in float32."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16           # unused in fp32
+    with torch.autocast(model.device.type, dtype, enabled=precision != "fp32"):
+        # No labels, so the model does not compute a loss of its own.
+        out = model(**dict(batch, labels=None), output_hidden_states=pool)
+    if not pool:
+        return out.logits.float(), None
+    # hidden_states[0] is the output of the embeddings, hidden_states[j] that of layer j.
+    pooled = [mean_pool(x, batch["attention_mask"]) for x in out.hidden_states[1:]]
+    return out.logits.float(), torch.stack(pooled, dim=1)
 
 
 def make_optimizer(distiller, settings, steps):
@@ -372,19 +385,6 @@ def make_optimizer(distiller, settings, steps):
     # In fp16, small gradients round to 0, so the loss is scaled up and the gradients scaled back.
     device = distiller.student.device.type
     return optimizer, schedule, torch.amp.GradScaler(device, enabled=settings.precision == "fp16")
-
-
-def model_outputs(model, batch, precision="fp32", pool=False):
-    """Logits (B, C), and with `pool` the pooled layers 1..n (B, n, d), else None; in float32."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16           # unused in fp32
-    with torch.autocast(model.device.type, dtype, enabled=precision != "fp32"):
-        # No labels, so the model does not compute a loss of its own.
-        out = model(**dict(batch, labels=None), output_hidden_states=pool)
-    if not pool:
-        return out.logits.float(), None
-    # hidden_states[0] is the output of the embeddings, hidden_states[j] that of layer j.
-    pooled = [mean_pool(x, batch["attention_mask"]) for x in out.hidden_states[1:]]
-    return out.logits.float(), torch.stack(pooled, dim=1)
 
 
 # ==== The method ends here. The rest is support: on a first reading, stop. =======================
@@ -515,8 +515,8 @@ def align_labels(model, feature):
     """Gives a model the data's label names, in place, and puts its logits in the data's order.
     Some MNLI checkpoints number the classes differently from GLUE, and a student would silently
     learn the wrong ones. If the model has the data's names in another order, possibly in another
-    case, the rows of its classifier's last layer are reordered. Other names (LABEL_0) are replaced;
-    the order is kept. For regression, the name is kept."""
+    case, the rows of its classifier's last layer are reordered. Other names (LABEL_0) are replaced,
+    in the same order; the output of a regression keeps its name."""
     config, names = model.config, getattr(feature, "names", list(model.config.id2label.values()))
     # Letter case is ignored, unless two classes differ only in case.
     fold = str.lower if len(set(map(str.lower, names))) == len(names) else str
@@ -600,8 +600,8 @@ def toy_sentences(seed, sizes):
     "Although the plot is very clever, the acting is hardly moving" is negative: what counts is the
     clause without "although", or the one after "but" or "yet". Word order tells which clause that
     is, and a negation flips its meaning, so word counts say little. Sentences of one clause are a
-    stepping stone for a deep model that starts from random weights. No sentence repeats within a
-    seed, and the sentences depend only on the seed and the sizes. There are only 1,120 sentences of
+    stepping stone for a deep model that starts from random weights. No sentence repeats, and all
+    depend only on the seed and the sizes. There are only 1,120 sentences of
     one clause, so later sets have fewer of them: about 18% of the validation set, 15% of the
     student's sentences and 7% of the teacher's."""
     rng, label_of = np.random.default_rng([seed, 0x7071]), {}    # sentence -> label
@@ -668,10 +668,10 @@ def cast_labels(data, train=None):
 def load_task(settings):
     """All data of a task, as text: {"train": ..., "validation": ..., file name: ...}.
 
-    All sets are scored except "train" and the toy's "teacher_train", which holds eight times as
-    many other sentences, all labelled correctly. MNLI also has "validation_mismatched". GLUE's test
-    splits are left out: except for MRPC's, they have no labels. Raises ValueError if the hub can't
-    be reached or a file is bad."""
+    All sets are scored except "train" and the toy's "teacher_train": eight times as many sentences,
+    all new and correctly labelled. MNLI also has "validation_mismatched". GLUE's test splits are
+    left out: except for MRPC's, they have no labels. Raises ValueError if the hub can't be reached
+    or a file is bad."""
     size = settings.max_train_examples or (1000 if settings.task == "toy" else math.inf)
     if settings.task == "toy":
         validation, train, teacher_train = toy_sentences(settings.seed, [1000, size, 8 * size])
