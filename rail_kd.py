@@ -32,7 +32,7 @@ Near its end, the toy run prints:
 The student is cut from its teacher, and a fifth of its labels are deliberately wrong. Seed 0 is
 lucky. Mean accuracy of ten seeds, +- standard deviation (commands: end of tutorial.ipynb): labels
 alone (--mapping finetune) 0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963
-+- 0.029, --centre 0.987 +- 0.019. No mean of RAIL-KD in README.md is above vanilla KD's.
++- 0.029, --centre 0.987 +- 0.019. In README.md, it never beats vanilla KD without --centre.
 
 Notation: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
@@ -115,7 +115,7 @@ def evenly_spaced(n, m):
     return [round(i * n / m) for i in range(1, m + 1)]
 
 
-# The other mappings, from n and m to k layers. A new one needs only an entry here. `skip`, `last`
+# The other mappings, from n and m to layers. A new one needs only an entry here. `skip`, `last`
 # and `attention` take the map from their papers, not the loss.
 MAPS = {"skip": lambda n, m: np.array(evenly_spaced(n, m)[:-1]),       # PKD (Sun et al. 2019): (k,)
         "last": lambda n, m: np.arange(n - m + 1, n),                  # PKD: (k,)
@@ -144,7 +144,7 @@ def choose_layers(settings, n, m, epoch, step=0):
 # How to see it. Each epoch reports `cosine` (c), the mean cosine between the projected teacher
 # vectors of different sentences (the first 256). Near 1, they have collapsed. Their mean has length
 # about sqrt(c), so a student that always outputs its direction has a loss of about 2 - 2 sqrt(c).
-# Only a loss clearly below this can be a sign of teaching, and the projections alone can reach it,
+# Only a loss clearly below this can be a sign of teaching, but the projections alone can reach it,
 # too. (Not valid with --centre or attention.)
 #
 # --centre subtracts each side's batch mean, the part that all sentences share. From random initial
@@ -214,7 +214,7 @@ class RailLoss(nn.Module):
 
         Args: student_pooled (B, k, d_s); teacher_pooled (B, k, d_t), or (B, n-1, d_t) if attention.
         Raises: ValueError unless each side has exactly k layers (with attention, only the
-            student's), or if the batch sizes differ."""
+            student), or if the batch sizes differ."""
         ### BEGIN SOLUTION
         B, k = len(student_pooled), self.num_pairs
         expected = teacher_pooled.shape[1] if self.variant == "attention" else k
@@ -253,7 +253,7 @@ def kd_loss(student_logits, teacher_logits, temperature):
     regression: the mean squared error. Returns a scalar, with no gradient for `teacher_logits`.
 
     Args: student_logits, teacher_logits (B, C); temperature T (checked even for regression).
-    Raises: ValueError unless both shapes are the same (B, C), and 0 < T < infinity."""
+    Raises: ValueError unless both have the same shape (B, C), and 0 < T < infinity."""
     ### BEGIN SOLUTION
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
         raise ValueError(f"student logits {student_logits.shape} and teacher logits "
@@ -286,7 +286,7 @@ def combined_loss(ce, kd, rail, weights):
 # ---- 3. One step, and the loop -----------------------------------------------------------------
 # The frozen teacher's outputs never change, so the teacher runs just once, before the loop
 # (section 4), and `teacher_outputs(rows, layers)` looks them up. Ignore at first: rank, world, own,
-# share (several GPUs); load_state, save_state; scaler (fp16). After the loop: `model_outputs`.
+# share (several GPUs); load_state, save_state; scaler (fp16). Then read `model_outputs`.
 
 
 class Distiller(nn.Module):
@@ -316,7 +316,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
     `teacher_outputs(rows, layers)` gives the outputs of a teacher of n layers (section 4); without
     it, only labels are used. `after_epoch(history, layers)` may add scores to the last dict. All
     randomness comes from seed, epoch and step: a killed run resumes after its last complete epoch,
-    on a CPU bit for bit. Raises FloatingPointError (a loss isn't finite), ValueError or OSError."""
+    bit for bit on a CPU. Raises FloatingPointError (a loss isn't finite), ValueError or OSError."""
     rank, world = rank_and_world()                 # without torchrun: 0 and 1
     student = distiller.student
     steps = math.ceil(len(data) / settings.batch_size) * settings.epochs
@@ -342,7 +342,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
             batch = make_batch(data, tokenizer, own, student.device)
             teacher_side = () if teacher_outputs is None else teacher_outputs(own, layers)
             losses = model(batch, *teacher_side)           # (4,): CE, KD, RAIL, total
-            # losses[-1]: the total. DDP averages; the two factors make it a weighted sum.
+            # losses[-1]: the total. DDP averages gradients; the factors make this a weighted sum.
             scaler.scale(losses[-1] * share * world).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -431,8 +431,8 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
     width 1024. A table that an earlier run left in the folder `parent` is reused; its name is a
     hash of the model, the sentences, the precision and the pooling. Raises ValueError if the disk
     has too little space."""
-    # Labels are left out, so that the same sentences with other labels can share a table. The hash
-    # covers the code of two functions: after a change of either, the table is rebuilt.
+    # Labels are left out, so that the same sentences with different labels can share a table. The
+    # hash covers the code of two functions: after a change to either, the table is rebuilt.
     name = fingerprint(data.remove_columns("label"), str(teacher.config), tokenizer.padding_side,
                        settings.precision, mean_pool.__code__, model_outputs.__code__,
                        *teacher.state_dict().values())
@@ -621,7 +621,7 @@ def toy_sentences(seed, sizes):
 def read_file(path, train=None):
     """A CSV or JSON Lines file -> Dataset with sentence1, perhaps sentence2, and label.
 
-    Names or whole numbers become classes, in sorted order; a single decimal makes it regression.
+    Names or whole numbers become classes, in sorted order; one decimal means regression.
     Later files must have the columns of `train`, and its labels or, if these are names, class
     numbers (0 for "negative"). Raises ValueError. `datasets.load_dataset` is avoided because it
     treats [ and * in a path as a pattern, turns 007 into 7, and returns old rows for a file that
@@ -679,7 +679,7 @@ def load_task(settings):
         noisy = train.map(lambda row, i: {"label": row["label"] ^ int(wrong[i])}, with_indices=True)
         sets = {"train": noisy, "teacher_train": teacher_train, "validation": validation}
     elif settings.task:
-        with one_line_error(f"{settings.task} can't be loaded from the hub (the toy needs none)"):
+        with one_line_error(f"{settings.task} can't be loaded from the hub (the toy needs no hub)"):
             splits = datasets.load_dataset("nyu-mll/glue", settings.task)
         texts = [x for x in splits["train"].column_names if x not in ("label", "idx")]
         names = dict(zip(texts, ("sentence1", "sentence2")))
@@ -744,8 +744,8 @@ def compute_metrics(logits, labels, task=None, teacher_logits=None):
     regression = logits.shape[1] == 1
     predicted = logits[:, 0] if regression else logits.argmax(axis=1)           # (N,)
     table = datasets.Dataset.from_dict({"a": predicted, "b": labels}).to_pandas()
-    # Spearman's correlation is Pearson's, of the ranks; ties share their mean rank. Both are 0 if
-    # one side is constant, where they are undefined.
+    # Spearman's correlation is Pearson's on the ranks; ties share their mean rank. Both are set
+    # to 0 where they are undefined, if one side is constant.
     pearson, spearman = (table.corr(x).fillna(0).loc["a", "b"] for x in ("pearson", "spearman"))
     # F1 and Matthews are for classes 0 and 1, where Matthews equals Pearson's correlation.
     values = {"pearson": pearson, "spearmanr": spearman, "matthews_correlation": pearson,
@@ -813,11 +813,11 @@ class Settings:
     task: Literal[("toy", *GLUE)] | None = option(None, "The toy (default), or a GLUE task.")
     train_file: str | None = option(None, "CSV or JSON Lines: sentence, label, perhaps sentence2.")
     validation_file: str | None = option(None, "Your validation data, with the same columns.")
-    eval_file: list[str] = option(list, "Further files to score, such as text of another domain.")
+    eval_file: list[str] = option(list, "Further files to score, such as text from another domain.")
     max_train_examples: int | None = option(None, "Training examples to sample (toy: to generate).")
     max_length: int = option(128, "Cut longer inputs to this many tokens.")
     teacher: str | None = option(None, "Folder or hub name (default: BERT-base, or the toy's).")
-    teacher_epochs: int | None = option(None, "Epochs to fine-tune it, if needed (3; toy: 5).")
+    teacher_epochs: int | None = option(None, "Epochs to fine-tune a teacher (default: 3, toy 5).")
     student_layers: int | None = option(None, "Layers to keep from the teacher (default: a third).")
     student: str | None = option(None, "Folder or hub name of a student to use instead.")
     mapping: Literal[("random", *MAPS)] = option(
@@ -826,17 +826,17 @@ class Settings:
     resample: Literal["epoch", "step"] = option("epoch", "When to draw a new map.")
     centre: bool = option(False, "Subtract the batch mean from both sides of RAIL (see section 2).")
     projection_size: int = option(128, "Width u of the projections.")
-    projection_learning_rate: float | None = option(None, "For the projections (default: same).")
+    projection_learning_rate: float | None = option(None, "Default: same as --learning-rate.")
     temperature: float = option(2.0, "Softens both output distributions in KD.")
-    weights: list[float] = option(lambda: [1 / 3] * 3, "Of CE, KD, RAIL; sum 1 (unused: 0).")
+    weights: list[float] = option(lambda: [1 / 3] * 3, "For CE, KD, RAIL; must sum to 1.")
     epochs: int | None = option(None, "Epochs of distillation (default: 10, toy 8).")
-    batch_size: int = option(32, "Examples in a step, over all processes together.")
+    batch_size: int = option(32, "Examples per step, across all processes.")
     learning_rate: float | None = option(None, "Peak rate of AdamW (default: 5e-5, toy 5e-4).")
     seed: int = option(0, "Seed for all randomness.")
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: CUDA, MPS or CPU.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "auto: 16 bits on CUDA.")
     output_dir: str | None = option(None, "New folder for the results (default: one in runs/).")
-    resume: str | None = option(None, "Run folder to finish; add only --device, --precision.")
+    resume: str | None = option(None, "Folder of a run to finish; add only --device, --precision.")
 
     def resolve(self):
         """A copy with its values checked and defaults filled in. Raises ValueError."""
@@ -875,16 +875,16 @@ class Settings:
             (new.student and new.student_layers, "--student excludes --student-layers"),
             (new.mapping == "attention" and new.variant == "concat",
              "--mapping attention needs --variant layerwise"),
-            (used_weight == 0, f"--mapping {new.mapping} leaves nothing to learn from"),
+            (used_weight == 0, f"--weights leave --mapping {new.mapping} nothing to learn from"),
             (toy and (new.max_train_examples or 0) > 100_000,
-             "--max-train-examples: the toy makes at most 100000"),
+             "--max-train-examples: the toy makes at most 100,000"),
             ({*UNSCORED, "validation", "validation_mismatched"} & {*new.eval_file},
              "--eval-file: rename the file; its name is reserved for another data set"),
             (not new.resume and any(Path(new.output_dir).glob("*")),
              f"--output-dir {new.output_dir} is in use: name a new folder")]
         if messages := [message for applies, message in problems if applies]:
             raise ValueError("; ".join(messages))
-        if used_weight < 1 - 1e-6:                 # or a second call would alter last digits
+        if used_weight < 1 - 1e-6:                 # else a second call alters the last digits
             new.weights = [use * weight / used_weight for use, weight in zip(used, new.weights)]
         return new
 
@@ -944,7 +944,7 @@ def run(settings):
     results["versions"] = {x.__name__: x.__version__ for x in (torch, transformers, datasets, np)}
     results["versions"]["data"] = hashes
     results["device"] = f"{settings.device}, {torch.get_num_threads()} threads x {world}"
-    if not settings.resume and rank == 0:          # claim the folder: one run can create the file
+    if not settings.resume and rank == 0:          # claim the folder: only one run can do so
         with one_line_error(f"--output-dir {folder} is in use or can't be written to"):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "metrics.json").touch(exist_ok=False)
@@ -1005,7 +1005,7 @@ def run(settings):
                   f"{row['milliseconds_per_sentence']:15.2f}  {row[metric]:.4f}")
         save_json(folder / "metrics.json", results)
     save(folder / role, model.save_pretrained, tokenizer.save_pretrained)
-    print(f"The {role} is in {folder / role}, its scores are in {folder / 'metrics.json'}.")
+    print(f"The {role} is in {folder / role}; its scores are in {folder / 'metrics.json'}.")
     for name in models:
         (folder / f"{name}.pt").unlink(missing_ok=True)
     if trained:                                    # student/ marks the run as finished
@@ -1066,8 +1066,8 @@ def sum_over_processes(tensor, what):
 
 
 def save(path, *writers):
-    """Calls each writer with one temporary path, in the first process. The file or folder that they
-    make appears at `path` complete or not at all. Raises OSError; `path` is then unchanged."""
+    """Calls each writer with the same temporary path, in the first process. The file or folder that
+    they make appears at `path` complete or not at all. Raises OSError; `path` is then unchanged."""
     tmp = path.with_name(f"{path.name}.part")
     with one_line_error(f"{path} could not be written, and is unchanged", OSError):
         if rank_and_world()[0] == 0:
@@ -1110,12 +1110,12 @@ def load_run(settings):
         saved = json.loads((Path(settings.resume) / "metrics.json").read_text())
         stored = saved["settings"] | {"output_dir": settings.resume}       # it may have been moved
         if settings.device not in ("auto", stored["device"]):
-            stored["precision"] = "auto"           # the new device may not support the old one
+            stored["precision"] = "auto"           # the stored one may not work on this device
         return Settings(**stored | flags), saved
 
 
 def main(argv=None):
-    """The command line. Returns 0, 2 for an expected error (one line on stderr; a traceback if
+    """The command line. Returns 0, 2 for an expected error (one line on stderr; raised if
     RAIL_KD_DEBUG is set in the environment), or 130 after Ctrl-C."""
     parser = transformers.HfArgumentParser(
         Settings, description=__doc__.splitlines()[0], allow_abbrev=False, exit_on_error=False)
