@@ -32,7 +32,7 @@ Near its end, the toy run prints:
 The student is cut from its teacher, and a fifth of its labels are deliberately wrong. Seed 0 is
 lucky. Mean accuracy of ten seeds, +- standard deviation (commands: end of tutorial.ipynb): labels
 alone (--mapping finetune) 0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963
-+- 0.029, --centre 0.987 +- 0.019. In README.md, it never beats vanilla KD without --centre.
++- 0.029, --centre 0.987 +- 0.019. In README.md, RAIL-KD never beats vanilla KD without --centre.
 
 Notation: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
@@ -115,8 +115,8 @@ def evenly_spaced(n, m):
     return [round(i * n / m) for i in range(1, m + 1)]
 
 
-# The other mappings, from n and m to layers. A new one needs only an entry here. `skip`, `last`
-# and `attention` take the map from their papers, not the loss.
+# The other mappings, from n and m to an array of k layers. A new one needs only an entry here.
+# `skip`, `last` and `attention` take the map from their papers, not the loss.
 MAPS = {"skip": lambda n, m: np.array(evenly_spaced(n, m)[:-1]),       # PKD (Sun et al. 2019): (k,)
         "last": lambda n, m: np.arange(n - m + 1, n),                  # PKD: (k,)
         "attention": lambda n, m: np.arange(1, n),     # ALP-KD (Passban et al. 2021): all, (n-1,)
@@ -145,7 +145,7 @@ def choose_layers(settings, n, m, epoch, step=0):
 # vectors of different sentences (the first 256). Near 1, they have collapsed. Their mean has length
 # about sqrt(c), so a student that always outputs its direction has a loss of about 2 - 2 sqrt(c).
 # Only a loss clearly below this can be a sign of teaching, but the projections alone can reach it,
-# too. (Not valid with --centre or attention.)
+# too. (`rail` is the mean of an epoch, c belongs to its end. Not for --centre or attention.)
 #
 # --centre subtracts each side's batch mean, the part that all sentences share. From random initial
 # weights, it beat vanilla KD by 0.027 on the toy, but lost by 0.014 on film reviews (README.md).
@@ -727,7 +727,8 @@ def length_batches(lengths, batch_size, seed):
 
 def fingerprint(data, *more):
     """16 hex digits that change whenever a Dataset, or anything else that is given, changes."""
-    return datasets.fingerprint.Hasher.hash([*map(json.dumps, data.iter(1000)), *more])
+    rows = map(json.dumps, data.iter(1000))
+    return datasets.fingerprint.Hasher.hash([str(data.features), *rows, *more])
 
 
 # ---- 7. Scores ---------------------------------------------------------------------------------
