@@ -143,9 +143,9 @@ def choose_layers(settings, n, m, epoch, step=0):
 #
 # How to see it. Each epoch reports `cosine` (c), the mean cosine between the projected teacher
 # vectors of different sentences (the first 256). Near 1, they have collapsed. Their mean has length
-# about sqrt(c), so a student that always outputs its direction has a loss of about 2 - 2 sqrt(c).
+# about sqrt(c), so a student that always points along it has a loss of about 2 - 2 sqrt(c).
 # Only a loss clearly below this can be a sign of teaching, but the projections alone can reach it,
-# too. (`rail` is the mean of an epoch, c belongs to its end. Not for --centre or attention.)
+# too. (`rail` is an epoch's mean; c is measured at its end. Not for --centre or attention.)
 #
 # --centre subtracts each side's batch mean, the part that all sentences share. From random initial
 # weights, it beat vanilla KD by 0.027 on the toy, but lost by 0.014 on film reviews (README.md).
@@ -341,7 +341,7 @@ def train(distiller, data, tokenizer, settings, state_file, after_epoch, teacher
             own, share = own_rows(rows)            # without torchrun: all rows, and 1
             batch = make_batch(data, tokenizer, own, student.device)
             teacher_side = () if teacher_outputs is None else teacher_outputs(own, layers)
-            losses = model(batch, *teacher_side)           # (4,): CE, KD, RAIL, total
+            losses = model(batch, *teacher_side)           # (4,): CE, KD, RAIL, (your own,) total
             # losses[-1]: the total. DDP averages gradients; the factors make this a weighted sum.
             scaler.scale(losses[-1] * share * world).backward()
             scaler.step(optimizer)
@@ -898,10 +898,10 @@ def run(settings):
 
     The run's folder holds that file, student/ and, if the teacher was fine-tuned here, teacher/,
     both ready for transformers' pipeline. The student is the last epoch's, not the best.
-    The table of section 4 stays, in the teacher's folder or here. Until the run ends, teacher.pt
-    or student.pt holds the state after the last epoch. A resumed run goes through the same stages,
-    but skips those whose results are on disk. Raises ValueError, OSError or FloatingPointError,
-    each with a message for the user."""
+    The table of section 4 stays, in the teacher's folder or here. During a training, teacher.pt or
+    student.pt holds the state after the last complete epoch. A resumed run goes through the same
+    stages, but skips those whose results are on disk. Raises ValueError, OSError or
+    FloatingPointError, each with a message for the user."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
