@@ -935,8 +935,10 @@ def run(settings):
             raise ValueError(f"{m} student layers do not fit {n} teacher layers: use 2 to {n}")
         variant = "attention" if settings.mapping == "attention" else settings.variant
         torch.manual_seed(settings.seed)
-        rail_loss = RailLoss(teacher.config.hidden_size, student.config.hidden_size, m - 1, variant,
-                             settings.projection_size, settings.centre).to(settings.device)
+        with one_line_error(f"--projection-size {settings.projection_size} is too large"):
+            rail_loss = RailLoss(teacher.config.hidden_size, student.config.hidden_size, m - 1,
+                                 variant, settings.projection_size, settings.centre)
+            rail_loss.to(settings.device)
     models = {"teacher": encode_and_check(teacher, tokenizer, sets, settings, "teacher"),
               "student": encode_and_check(student, student_tokenizer, sets, settings, "student")}
 

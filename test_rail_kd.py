@@ -708,16 +708,16 @@ def test_interrupted_job_ends_bit_for_bit_the_same(world, tmp_path, capsys, monk
 
 @needs_all
 @pytest.mark.parametrize("words, hint", [
-    ("--train-file= --validation-file=", "--train-file"), ("--precision fp16 --device cpu", "fp16"),
-    ("--train-file a.csv --validation-file a.csv", "a.csv"), ("--learning-rate nan", "--learning"),
-    ("--resume x --seed 3", "--resume"), ("--eval-file train", "rename"), ("--epoch 3", "--epoch"),
-    ("--teacher no/model", "no/model"), ("--train-file a", "together"), ("--epochs 0", "--epochs"),
-    ("--task sst3", "sst3"), ("--task sst2", "sst2"), ("--seed -1", "--seed"), ("--epochs x", "x"),
-    ("--temperature inf", "--temp"), ("--resume nowhere", "nowhere"), ("--max-length 0", "--max"),
-    ("--task sst2 --train-file a --validation-file b", "exclude"), ("--student-layers 13", "13"),
-    ("--student x --student-layers 3", "exclude"), ("--weights 0 0 1 --mapping none", "nothing"),
-    ("--mapping any", "attention"), ("--eval-file x.csv", "x.csv"), ("--weights 1 0", "three"),
-    ("--variant concat --mapping attention", "layerwise"), ("--student-layers 1", "2 to 12")])
+    ("--precision fp16 --device cpu", "fp16"), ("--weights 0 0 1 --mapping none", "nothing"),
+    ("--task sst2 --train-file a --validation-file b", "excl"), ("--eval-file train", "rename"),
+    ("--resume x --seed 3", "--resume"), ("--weights 1 0", "three"), ("--mapping any", "attention"),
+    ("--projection-size 1000000000000", "--proj"), ("--task sst3", "sst3"), ("--task sst2", "sst2"),
+    ("--train-file= --validation-file=", "--train"), ("--epoch 3", "--epoch"), ("--epochs x", "x"),
+    ("--student-layers 13", "13"), ("--student-layers 1", "2 to 12"), ("--max-length 0", "--max"),
+    ("--train-file no --validation-file no", "no must"), ("--teacher no/model", "no/model"),
+    ("--epochs 0", "--epochs"), ("--learning-rate nan", "--learning"), ("--resume none", "none"),
+    ("--student x --student-layers 3", "excl"), ("--variant concat --mapping attention", "layer"),
+    ("--seed -1", "--seed"), ("--temperature inf", "--temp"), ("--train-file a", "together")])
 def test_bad_settings_end_in_one_line_and_leave_nothing(words, hint, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hint in complaint(words.split(), capsys) and not list(tmp_path.iterdir())
