@@ -601,9 +601,9 @@ def toy_sentences(seed, sizes):
     clause without "although", or the one after "but" or "yet". Word order tells which clause that
     is, and a negation flips its meaning, so word counts say little. Sentences of one clause are a
     stepping stone for a deep model that starts from random weights. No sentence repeats, and all
-    depend only on the seed and the sizes. There are only 1,120 sentences of
-    one clause, so later sets have fewer of them: about 18% of the validation set, 15% of the
-    student's sentences and 7% of the teacher's."""
+    depend only on the seed and the sizes. There are only 1,120 sentences of one clause, so later
+    sets have fewer of them: about 18% of the validation set, 15% of the student's sentences and 7%
+    of the teacher's."""
     rng, label_of = np.random.default_rng([seed, 0x7071]), {}    # sentence -> label
     while len(label_of) < sum(sizes):
         clauses, labels = [], []                   # the deciding clause comes first
