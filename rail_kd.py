@@ -30,9 +30,9 @@ Near its end, the toy run prints:
     student       4     145,346        0.6             1.37  0.9930
 
 The student is cut from its teacher, and a fifth of its labels are deliberately wrong. Seed 0 is
-lucky. Mean accuracy of ten seeds, +- standard deviation (commands: end of tutorial.ipynb): labels
+lucky. Mean accuracy over ten seeds, +- standard deviation (commands: end of tutorial.ipynb): labels
 alone (--mapping finetune) 0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963
-+- 0.029, --centre 0.987 +- 0.019. In README.md, RAIL-KD never beats vanilla KD without --centre.
++- 0.029, --centre 0.987 +- 0.019. In README.md, RAIL-KD beats vanilla KD only with --centre.
 
 Notation: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
@@ -76,7 +76,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import nn
+from torch import distributed as dist, nn
 from tqdm import tqdm
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -115,8 +115,9 @@ def evenly_spaced(n, m):
     return [round(i * n / m) for i in range(1, m + 1)]
 
 
-# The other mappings, from n and m to an array of k layers. A new one needs only an entry here.
-# `skip`, `last` and `attention` take the map from their papers, not the loss.
+# The other mappings: from n and m to the layers that teach, or None for no RAIL. A new one that
+# always chooses the same k layers needs only an entry here.
+# `skip`, `last` and `attention` borrow only the map from their papers, not the loss.
 MAPS = {"skip": lambda n, m: np.array(evenly_spaced(n, m)[:-1]),       # PKD (Sun et al. 2019): (k,)
         "last": lambda n, m: np.arange(n - m + 1, n),                  # PKD: (k,)
         "attention": lambda n, m: np.arange(1, n),     # ALP-KD (Passban et al. 2021): all, (n-1,)
@@ -144,8 +145,9 @@ def choose_layers(settings, n, m, epoch, step=0):
 # How to see it. Each epoch reports `cosine` (c), the mean cosine between the projected teacher
 # vectors of different sentences (the first 256). Near 1, they have collapsed. Their mean has length
 # about sqrt(c), so a student that always points along it has a loss of about 2 - 2 sqrt(c).
-# Only a loss clearly below this can be a sign of teaching, but the projections alone can reach it,
-# too. (`rail` is an epoch's mean; c is measured at its end. Not for --centre or attention.)
+# Only a loss clearly below this can be a sign of teaching, but the projections alone can get there
+# as well. (`rail` is an epoch's mean; c is measured at its end. With --centre or attention, this
+# estimate does not hold.)
 #
 # --centre subtracts each side's batch mean, the part that all sentences share. From random initial
 # weights, it beat vanilla KD by 0.027 on the toy, but lost by 0.014 on film reviews (README.md).
@@ -180,8 +182,8 @@ class RailLoss(nn.Module):
     student layer. The projections are trained with the student and discarded afterwards.
 
     Args: teacher_dim (d_t), student_dim (d_s), num_pairs (k), projection_size (u); centre: whether
-        to subtract the batch mean from both sides. A batch of one then has a loss of 0. Each GPU
-        centres its own rows, so results depend on the number of GPUs.
+        to subtract the batch mean from both sides. A batch of one then has a loss of 0. Each
+        process centres its own rows, so results depend on the number of processes.
     Raises: ValueError for an unknown variant, or a size below 1."""
 
     def __init__(self, teacher_dim, student_dim, num_pairs, variant="layerwise",
@@ -199,9 +201,7 @@ class RailLoss(nn.Module):
     def project(self, linear, pooled):
         """Projects one side: (B, k, d) -> (B, k, u), or (B, u) for concat. Not yet normalised."""
         vectors = linear(pooled.flatten(1) if self.variant == "concat" else pooled)
-        if self.centre:
-            vectors = vectors - vectors.mean(dim=0)
-        return vectors
+        return vectors - vectors.mean(dim=0) if self.centre else vectors
 
     def forward(self, student_pooled, teacher_pooled):
         """Squared distance of the projected unit vectors, mean over pairs and batch: in [0, 4].
@@ -439,7 +439,7 @@ def teacher_table(teacher, data, tokenizer, settings, parent):
     shape = len(data), teacher.config.num_hidden_layers, teacher.config.hidden_size    # (N, n, d_t)
     size, folder = math.prod(shape), parent / f"table-{name}"
     file, logits_file = folder / "pooled.bin", folder / "logits.pt"
-    # The large file may be missing or truncated; the other one is written last.
+    # The large file may be missing or truncated. logits.pt is written last: it marks a full table.
     done = from_rank_0(logits_file.exists() and file.exists() and file.stat().st_size == 2 * size)
     if not done:
         if 2 * size > shutil.disk_usage(parent).free:
@@ -590,7 +590,7 @@ VERBS = ["is", "is", "is very", "is quite", "is rather"], ["is not", "is never",
 FORMS = ["the {0}.", "the {0}, although the {1}.", "although the {1}, the {0}.",
          "the {1}, but the {0}.", "the {1}, yet the {0}."]             # {0} decides the label
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE](-\d+|\+?0?\d))?")       # no exponent above 9
-MISSING = ("", "NA", "N/A", "NaN", "nan", "null")          # count as no label
+MISSING = ("", "NA", "N/A", "NaN", "nan", "null")          # treated as missing labels
 UNSCORED = ("train", "teacher_train")                       # data sets that are not scored
 
 
@@ -621,7 +621,7 @@ def toy_sentences(seed, sizes):
 def read_file(path, train=None):
     """A CSV or JSON Lines file -> Dataset with sentence1, perhaps sentence2, and label.
 
-    Names or whole numbers become classes, in sorted order; one decimal means regression.
+    Names or whole numbers become classes, in sorted order; a single decimal means regression.
     Later files must have the columns of `train`, and its labels or, if these are names, class
     numbers (0 for "negative"). Raises ValueError. `datasets.load_dataset` is avoided because it
     treats [ and * in a path as a pattern, turns 007 into 7, and returns old rows for a file that
@@ -766,7 +766,7 @@ def evaluate(model, data, tokenizer, task=None, precision="fp32", teacher_logits
 
 
 def score_all(model, sets, tokenizer, settings, teacher_logits=None):
-    """The metrics of all sets except the training sets. Those of MNLI's second set end in
+    """The metrics of all sets except the training sets. The names of MNLI's second set end in
     _mismatched, and those of further files go under "evaluation"."""
     scores = {name: evaluate(model, sets[name], tokenizer, settings.task, settings.precision,
                              (teacher_logits or {}).get(name))
@@ -860,11 +860,10 @@ class Settings:
         run_name = f"{data}-{self.mapping}-seed{self.seed}-{time.time():.0f}-{os.getpid()}"
         defaults = {"task": "toy" if toy else None, "teacher": None if toy else "bert-base-uncased",
                     "epochs": 8 if toy else 10, "teacher_epochs": 5 if toy else 3,
-                    "learning_rate": 5e-4 if toy else 5e-5, "output_dir": f"runs/{run_name}"}
-        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        new = dataclasses.replace(self, device=device, **missing)
-        if new.precision == "auto":
-            new.precision = half if device == "cuda" else "fp32"
+                    "learning_rate": 5e-4 if toy else 5e-5, "output_dir": f"runs/{run_name}",
+                    "device": best, "precision": half if device == "cuda" else "fp32"}
+        unset = [name for name in defaults if getattr(self, name) == getattr(Settings, name)]
+        new = dataclasses.replace(self, **{name: defaults[name] for name in unset})
         # A loss that the mapping does not use gets weight 0; the others then sum to 1 again.
         used = {"none": [1, 1, 0], "finetune": [1, 0, 0]}.get(new.mapping, [1, 1, 1])
         used_weight = combined_loss(*used, new.weights)        # raises for invalid weights
@@ -897,8 +896,8 @@ def run(settings):
     """Trains a student from Settings; returns the contents of metrics.json.
 
     The run's folder holds that file, student/ and, if the teacher was fine-tuned here, teacher/,
-    both ready for transformers' pipeline. The student is the last epoch's, not the best.
-    The table of section 4 stays, in the teacher's folder or here. During a training, teacher.pt or
+    both ready for transformers' pipeline. The student is the last epoch's, not the best. The table
+    of section 4 stays, in the teacher's folder or here. While a model is training, teacher.pt or
     student.pt holds the state after the last complete epoch. A resumed run goes through the same
     stages, but skips those whose results are on disk. Raises ValueError, OSError or
     FloatingPointError, each with a message for the user."""
@@ -957,12 +956,11 @@ def run(settings):
               f"{settings.device}; results go to {folder}")
     save_json(folder / "metrics.json", results)    # from here on, --resume works
 
-    # One call trains one model by the loop of section 3: the teacher, if it has no trained
-    # classifier yet, or else the student.
+    # One call trains one model by the loop of section 3: the teacher if it has no trained
+    # classifier yet, otherwise the student.
     teacher_logits = teacher_outputs = None
     if trained:
         role, record, encoded = "student", results, models["teacher"][1]
-        teacher.requires_grad_(False)              # frozen from here on
         teacher_logits = {name: predict(teacher, data, tokenizer, settings.precision)
                           for name, data in encoded.items() if name not in UNSCORED}
         warn_of_weak_teacher(teacher_logits["validation"], np.array(sets["validation"]["label"]))
@@ -983,9 +981,9 @@ def run(settings):
         record["epochs"], entry = history, history[-1]
         scores = score_all(model, sets, tokenizer, settings, teacher_logits)
         entry |= scores
+        results[role] |= scores
         if layers is not None:
-            _, pooled = teacher_outputs(range(min(256, len(data))), layers)
-            entry["cosine"] = rail_loss.cosine(pooled)
+            entry["cosine"] = rail_loss.cosine(teacher_outputs(range(len(data))[:256], layers)[1])
         pairs = " ".join(f"{i}←{j}" for i, j in enumerate(entry["layers"] or [], 1))
         names = [x for x in ("ce", "kd", "rail", "cosine") if entry.get(x)]     # 0: not in use
         numbers = "  ".join(f"{x} {entry[x]:.3f}" for x in [*names, next(iter(scores))])
@@ -996,14 +994,12 @@ def run(settings):
     train(Distiller(model, rail_loss, settings), data, tokenizer, settings, folder / f"{role}.pt",
           after_epoch, teacher_outputs, n)
     if trained:
-        results["student"] |= score_all(model, sets, tokenizer, settings, teacher_logits)
         results["evaluation"] = {path: {name: results[name]["evaluation"][path] for name in models}
                                  for path in settings.eval_file}
         metric = next(iter(results["student"]))
         print(f"\n         layers  parameters  megabytes  ms per sentence  {metric}")
         for name in models:
-            results[name] |= measure_costs(*models[name], settings)
-            row = results[name]
+            row = results[name] = results[name] | measure_costs(*models[name], settings)
             print(f"{name}  {row['layers']:6}  {row['parameters']:10,}  {row['bytes'] / 1e6:9.1f}  "
                   f"{row['milliseconds_per_sentence']:15.2f}  {row[metric]:.4f}")
         save_json(folder / "metrics.json", results)
@@ -1033,7 +1029,6 @@ def one_line_error(what, error_type=ValueError):
 
 def rank_and_world():
     """(rank, world): (0, 1) for one process."""
-    dist = torch.distributed
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -1054,14 +1049,14 @@ def from_rank_0(value=None):
     """The first process's value, in all processes; the others wait here for the first."""
     values = [value]
     if rank_and_world()[1] > 1:
-        torch.distributed.broadcast_object_list(values)
+        dist.broadcast_object_list(values)
     return values[0]
 
 
 def sum_over_processes(tensor, what):
     """The sum of a tensor over all processes. Raises FloatingPointError if it is not finite."""
     if rank_and_world()[1] > 1:
-        torch.distributed.all_reduce(tensor)
+        dist.all_reduce(tensor)
     if not torch.isfinite(tensor).all():
         raise FloatingPointError(f"NaN or infinity in {what}: try a lower --learning-rate or "
                                  "--precision fp32, or check the model")
@@ -1087,8 +1082,8 @@ def save_json(path, content):
 
 def load_state(file, *parts):
     """Restores `parts` (modules, an optimizer, ...) and the history of a killed run from `file`, if
-    it exists. Returns the history, a list, and a function that saves both as they then are. Raises
-    ValueError if the file belongs to another run."""
+    it exists. Returns the history, a list, and a function that saves both in their current state.
+    Raises ValueError if the file belongs to another run."""
     state = {"history": []}
     if file.exists():
         with one_line_error(f"{file} does not belong to this run: delete it to train from scratch"):
@@ -1128,7 +1123,7 @@ def main(argv=None):
         if "LOCAL_RANK" in os.environ:                         # started by torchrun
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            torch.distributed.init_process_group()
+            dist.init_process_group()
             if rank_and_world()[0] > 0:                             # only the first one prints
                 sys.stdout = open(os.devnull, "w")
         if not settings.resume:
