@@ -32,7 +32,7 @@ Near its end, the toy run prints:
 The student is cut from its teacher, and a fifth of its labels are deliberately wrong. Seed 0 is
 lucky. Mean accuracy over ten seeds, +- standard deviation (commands: end of tutorial.ipynb): labels
 alone (--mapping finetune) 0.880 +- 0.011, vanilla KD (--mapping none) 0.969 +- 0.028, RAIL-KD 0.963
-+- 0.029, --centre 0.987 +- 0.019. In README.md, RAIL-KD beats vanilla KD only with --centre.
++- 0.029, --centre 0.987 +- 0.019. In README.md, RAIL-KD beats vanilla KD once, with --centre.
 
 Notation: B sentences in a batch, S tokens in a sentence, N training examples, C classes (1 for
 regression), n teacher layers of width d_t, m student layers of width d_s, k = m-1 pairs, u the
@@ -146,7 +146,7 @@ def choose_layers(settings, n, m, epoch, step=0):
 # vectors of different sentences (the first 256). Near 1, they have collapsed. Their mean has length
 # about sqrt(c), so a student that always points along it has a loss of about 2 - 2 sqrt(c).
 # Only a loss clearly below this can be a sign of teaching, but the projections alone can get there
-# too. (`rail` is the mean of an epoch, c is from its end. Not valid with --centre or attention.)
+# too. (`rail` is an epoch's mean, c is from its end. With --centre or attention, this is invalid.)
 #
 # --centre subtracts each side's batch mean, the part that all sentences share. From random initial
 # weights, it beat vanilla KD by 0.027 on the toy (with ten other teachers by 0.022, which is not
